@@ -1,0 +1,1 @@
+"""Model behaviors: numbers that describe the images a model generates, from one shared feature pass."""

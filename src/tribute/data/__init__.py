@@ -1,0 +1,1 @@
+"""Training images, their contributors, and the tensor they are gathered from."""

@@ -1,0 +1,1 @@
+"""Cooperative games on coalitions of contributors: what to measure, and what it says about credit."""

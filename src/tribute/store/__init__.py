@@ -1,0 +1,1 @@
+"""Where evaluations are kept: a SQL database, and its exchange with flat files."""

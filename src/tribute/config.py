@@ -1,0 +1,295 @@
+"""Settings of every stage, as data.
+
+One pydantic model per stage. Unknown keys are errors, values are checked where they enter,
+every model writes itself as YAML that reads back to an equal model, and `fingerprint()`
+identifies it. A preset (`presets/*.yaml`) is a complete recipe for one dataset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tribute.errors import ConfigError
+
+MixedPrecision = Literal["no", "fp16", "bf16"]
+PrunerName = Literal["magnitude", "taylor", "random", "reinit", "diff-pruning"]
+SamplerName = Literal["ddim", "dpm-solver++"]
+
+
+class Config(BaseModel):
+    """Base of all settings: frozen, strict about unknown keys, identifiable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], *, where: str) -> Self:
+        """Validate `values`; the error names each wrong key and where it was found."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(f"{where}: {explain_validation(error)}") from error
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> Self:
+        """Read settings from a YAML file."""
+        return cls.parse(read_yaml(path), where=str(path))
+
+    def to_yaml(self) -> str:
+        """The settings as YAML that `from_yaml` reads back to an equal model."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the canonical JSON of the settings."""
+        return fingerprint(self.model_dump(mode="json"))
+
+    def replace(self, **changes: Any) -> Self:
+        """A validated copy with some fields changed."""
+        return type(self).parse({**self.model_dump(), **changes}, where=type(self).__name__)
+
+
+class UNetConfig(Config):
+    """Architecture of a diffusers `UNet2DModel`; defaults are those of the published CIFAR model."""
+
+    sample_size: int = Field(32, gt=0, description="Height and width of the input, pixels.")
+    in_channels: int = Field(3, gt=0, description="Channels of an image.")
+    out_channels: int = Field(3, gt=0, description="Channels of the prediction.")
+    block_out_channels: tuple[int, ...] = Field((128, 256, 256, 256), description="Channels per resolution.")
+    layers_per_block: int = Field(2, gt=0, description="Residual layers per resolution.")
+    down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")
+    up_block_types: tuple[str, ...] = ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    attention_head_dim: int | None = Field(None, description="Channels per attention head; None: one head.")
+    norm_num_groups: int = Field(32, gt=0, description="Groups of every GroupNorm.")
+    norm_eps: float = Field(1e-6, gt=0, description="Epsilon of every GroupNorm.")
+    downsample_padding: int = Field(0, ge=0, description="Padding of the strided convolutions.")
+    flip_sin_to_cos: bool = Field(False, description="Order of the time embedding.")
+    freq_shift: int = Field(1, description="Frequency shift of the time embedding.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability in residual layers.")
+    add_attention: bool = Field(True, description="Attention in the middle block.")
+
+
+class NoiseScheduleConfig(Config):
+    """Forward process; defaults as published (Ho et al. 2020)."""
+
+    num_train_timesteps: int = Field(1000, gt=1, description="Number of noise levels.")
+    beta_start: float = Field(1e-4, gt=0, description="Variance of the first step.")
+    beta_end: float = Field(0.02, gt=0, lt=1, description="Variance of the last step.")
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    clip_sample: bool = Field(True, description="Clip the predicted image to [-1, 1] while sampling.")
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+
+
+class OptimizerConfig(Config):
+    """Optimizer and learning-rate schedule; defaults as published for CIFAR."""
+
+    name: Literal["Adam", "AdamW"] = "Adam"
+    lr: float = Field(1e-4, gt=0, description="Learning rate.")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    lr_schedule: Literal["constant", "cosine"] = Field("constant", description="Shape after the warm-up.")
+    n_warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+
+
+class TrainConfig(Config):
+    """One run of the training loop: full, retrained, sparse and coalition models differ only in this."""
+
+    n_steps: int = Field(20_000, ge=0, description="Optimizer updates.")
+    batch_size: int = Field(128, gt=0, description="Examples per forward pass, over all processes.")
+    gradient_accumulation_steps: int = Field(1, gt=0, description="Forward passes per optimizer update.")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this L2 norm.")
+    ema_max_decay: float = Field(0.9999, ge=0, lt=1, description="Largest decay of the moving average.")
+    ema_inv_gamma: float = Field(1.0, gt=0, description="Decay at step k: 1 - (1 + k / inv_gamma) ** -power.")
+    ema_power: float = Field(0.75, gt=0, description="See ema_inv_gamma.")
+    antithetic_timesteps: bool = Field(True, description="Draw timesteps in pairs t, T - 1 - t.")
+    random_flip: bool = Field(False, description="Flip each image of a batch with probability 1/2.")
+    mixed_precision: MixedPrecision = "no"
+    opt_seed: int = Field(42, ge=0, description="Root seed of initialisation, data order and noise.")
+
+    @property
+    def examples_per_step(self) -> int:
+        """Examples per optimizer update."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+
+class PruneConfig(Config):
+    """Structural pruning of a trained model."""
+
+    pruning_ratio: float = Field(0.3, ge=0, lt=1, description="Fraction of channels REMOVED per layer.")
+    pruner: PrunerName = "magnitude"
+    thr: float = Field(0.05, ge=0, description="diff-pruning: stop at loss below thr times the largest.")
+    batch_size: int = Field(64, gt=0, description="Images for gradient-based importance.")
+    seed: int = Field(0, ge=0, description="Root seed of the random pruner and of the noise for gradients.")
+
+
+class SampleConfig(Config):
+    """How images are generated for measuring behaviors."""
+
+    n_samples: int = Field(10_240, gt=0, description="Generated images; the published number is 10,240.")
+    sampler: SamplerName = "ddim"
+    num_inference_steps: int = Field(100, gt=0, description="Denoising steps; the published number is 100.")
+    batch_size: int = Field(128, gt=0, description="Images per forward pass; never changes the result.")
+    use_ema: bool = Field(True, description="Sample from the moving average of the weights.")
+    noise_seed: int = Field(0, ge=0, description="Root seed of the initial noise, the same for every model.")
+
+
+class Preset(Config):
+    """A complete recipe for one dataset."""
+
+    dataset: str
+    unet: UNetConfig
+    noise_schedule: NoiseScheduleConfig = NoiseScheduleConfig()
+    training: dict[str, TrainConfig] = Field(description="Per method: retrain, prune_fine_tune, gd.")
+    ckpt_freq: dict[str, int] = Field(default_factory=dict, description="Steps between checkpoints.")
+    sampling: SampleConfig = SampleConfig()
+
+    def train_config(self, method: str, **changes: Any) -> TrainConfig:
+        """The training settings of a method, with every `changes` that is not None applied."""
+        if method not in self.training:
+            raise ConfigError(
+                f"expected a method of this preset: {', '.join(self.training)}; found {method!r}"
+            )
+        base = self.training[method]
+        optimizer = {k: changes.pop(k) for k in ("lr",) if changes.get(k) is not None}
+        changes.pop("lr", None)
+        kept = {key: value for key, value in changes.items() if value is not None}
+        if optimizer:
+            kept["optimizer"] = {**base.optimizer.model_dump(), **optimizer}
+        return base.replace(**kept) if kept else base
+
+
+def preset_names() -> list[str]:
+    """Names that `load_preset` knows."""
+    folder = resources.files("tribute") / "presets"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def load_preset(name: str) -> Preset:
+    """Read a preset that comes with the library, by name, or one from a `.yaml` file."""
+    if name.endswith((".yaml", ".yml")):
+        return Preset.from_yaml(Path(name))
+    if name not in preset_names():
+        raise ConfigError(
+            f"unknown preset {name!r}; expected one of {', '.join(preset_names())}, or a path to a .yaml file"
+        )
+    text = (resources.files("tribute") / "presets" / f"{name}.yaml").read_text()
+    return Preset.parse(yaml.safe_load(text), where=f"preset {name}")
+
+
+class StudyModelConfig(Config):
+    """Steps of one training stage; what is None comes from the preset."""
+
+    n_steps: int | None = Field(None, ge=0)
+    batch_size: int | None = Field(None, gt=0)
+    lr: float | None = Field(None, gt=0)
+
+
+class FitCoalitionsConfig(Config):
+    """Coalitions that attributions are fitted to."""
+
+    n_coalitions: int = Field(100, gt=0)
+    removal_dist: Literal["shapley", "datamodel", "uniform"] = "shapley"
+    datamodel_alpha: float = Field(0.5, gt=0, lt=1)
+    first_removal_seed: int = Field(0, ge=0)
+    paired: bool = Field(True, description="Measure the complement of every coalition drawn, too.")
+    leave_one_out: bool = Field(False, description="Also measure the leave-one-out coalitions.")
+    n_end_points: int = Field(2, gt=0, description="Measurements of v(empty) and of v(grand).")
+
+
+class TestCoalitionsConfig(Config):
+    """Held-out coalitions whose models are retrained from scratch, for the LDS."""
+
+    __test__ = False  # not a pytest class
+
+    n_coalitions: int = Field(40, ge=0)
+    datamodel_alpha: float = Field(0.5, gt=0, lt=1)
+    opt_seeds: tuple[int, ...] = Field((42, 43, 44), description="Training seeds.")
+    first_removal_seed: int = Field(0, ge=0)
+
+
+class StudyConfig(Config):
+    """A whole study: what `tribute run STUDY.yaml` reads."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    dataset: str = "digits"
+    contributors: str = "class"
+    preset: str | None = Field(None, description="None: the preset named like the dataset.")
+    data_dir: Path | None = None
+    max_examples: int | None = Field(None, gt=0)
+    outdir: Path = Path("runs")
+    db: str | None = Field(None, description="Store; None: results.db in the run folder.")
+    opt_seed: int = Field(42, ge=0, description="Root seed of the full, sparse and coalition models.")
+    full_model: StudyModelConfig = StudyModelConfig()
+    prune: PruneConfig = PruneConfig()
+    sparse_model: StudyModelConfig = StudyModelConfig()
+    gd: StudyModelConfig = StudyModelConfig()
+    retrained_model: StudyModelConfig = StudyModelConfig()
+    sampling: dict[str, Any] = Field(default_factory=dict, description="Changes to the preset's sampling.")
+    behaviors: tuple[str, ...] = ("fid", "inception_score")
+    fit: FitCoalitionsConfig = FitCoalitionsConfig()
+    test: TestCoalitionsConfig = TestCoalitionsConfig()
+    estimator: Literal["least_squares", "size_adjusted"] = "size_adjusted"
+    n_threads: int | None = Field(None, gt=0, description="Threads of one worker; None: all cores.")
+    ckpt_freq: int | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _needs_behaviors(self) -> Self:
+        if not self.behaviors:
+            raise ValueError("behaviors: expected at least one model behavior, found none")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return self.outdir / self.name
+
+    @property
+    def db_url(self) -> str:
+        return self.db or str(self.run_dir / "results.db")
+
+    def load_preset(self) -> Preset:
+        """The preset of the study, with the study's sampling settings applied."""
+        preset = load_preset(self.preset or self.dataset)
+        return preset.replace(sampling={**preset.sampling.model_dump(), **self.sampling})
+
+
+def canonical_json(values: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def fingerprint(values: Any) -> str:
+    """SHA-256 over the canonical JSON of `values`."""
+    return hashlib.sha256(canonical_json(values).encode()).hexdigest()
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping, safely; the error says what is wrong with the file."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"no settings at {path}; expected a YAML file") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, found {type(values).__name__}")
+    return values
+
+
+def explain_validation(error: ValidationError) -> str:
+    """One line per wrong setting: its path, what was found, what is expected."""
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"]) or "(settings)"
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{path}: unknown setting; remove it or correct its spelling")
+        else:
+            lines.append(f"{path}: {item['msg']} (found {item['input']!r})")
+    return "; ".join(lines)

@@ -1,0 +1,102 @@
+"""Images from a model, one noise per image, the same for every model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tribute.config import NoiseScheduleConfig, SampleConfig
+from tribute.errors import ConfigError
+from tribute.seeding import torch_stream
+from tribute.types import Images
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+
+
+def initial_noise(noise_seed: int, image_idx: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
+    """Initial noise `(len(image_idx), *shape)`; image i always gets the same."""
+    return torch.stack(
+        [torch.randn(shape, generator=torch_stream(noise_seed, "initial noise", int(i))) for i in image_idx]
+    )
+
+
+def build_sampler(config: SampleConfig, noise_schedule: NoiseScheduleConfig) -> Any:
+    """A deterministic diffusers sampler: DDIM (Song et al. 2021) or DPM-Solver++ 2M (Lu et al. 2022)."""
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    schedule = noise_schedule.model_dump()
+    if config.num_inference_steps > noise_schedule.num_train_timesteps:
+        raise ConfigError(
+            f"num_inference_steps: expected at most the {noise_schedule.num_train_timesteps} noise levels "
+            f"of training, found {config.num_inference_steps}"
+        )
+    if config.sampler == "ddim":
+        sampler = DDIMScheduler(**schedule, timestep_spacing="leading", set_alpha_to_one=True)
+    else:
+        del schedule["clip_sample"]
+        sampler = DPMSolverMultistepScheduler(
+            **schedule, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="trailing"
+        )
+    return sampler
+
+
+@torch.inference_mode()
+def sample_images(
+    model: UNet2DModel,
+    config: SampleConfig,
+    noise_schedule: NoiseScheduleConfig,
+    *,
+    image_idx: Sequence[int] | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> Images:
+    """Generate images from a model.
+
+    Image i depends on the model, the sampler and the stream `(noise_seed, i)` only, so every
+    model sees the same noise and the batch size does not matter.
+
+    Args:
+        model: In evaluation mode while sampling; its mode is restored.
+        config: Sampler, steps, number of images; `use_ema` is the caller's business.
+        noise_schedule: The forward process that the model was trained with.
+        image_idx: Which images; None for the first `config.n_samples`.
+        on_batch: Called with the number of images done, after each batch.
+
+    Returns:
+        `(n_images, height, width, channels)` uint8.
+    """
+    image_idx = range(config.n_samples) if image_idx is None else image_idx
+    device = next(model.parameters()).device
+    unet_config = model.config
+    shape = (unet_config["in_channels"], unet_config["sample_size"], unet_config["sample_size"])
+    was_training = model.training
+    model.eval()
+    batches = []
+    for start in range(0, len(image_idx), config.batch_size):
+        idx = image_idx[start : start + config.batch_size]
+        sampler = build_sampler(config, noise_schedule)
+        sampler.set_timesteps(config.num_inference_steps)
+        images = initial_noise(config.noise_seed, idx, shape).to(device)
+        for timestep in sampler.timesteps:
+            prediction = model(images, timestep, return_dict=False)[0]
+            images = sampler.step(prediction, timestep, images, return_dict=False)[0]
+        batches.append(to_uint8(images))
+        if on_batch is not None:
+            on_batch(min(start + config.batch_size, len(image_idx)))
+    model.train(was_training)
+    return np.concatenate(batches)
+
+
+def to_uint8(images: torch.Tensor) -> Images:
+    """`(n, c, h, w)` in [-1, 1] to `(n, h, w, c)` uint8; values outside are clipped."""
+    scaled = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return np.ascontiguousarray(scaled.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def from_uint8(images: Images, device: torch.device | str = "cpu") -> torch.Tensor:
+    """`(n, h, w, c)` uint8 to `(n, c, h, w)` float32 in [-1, 1]; the inverse of `to_uint8`."""
+    tensor = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+    return tensor.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)

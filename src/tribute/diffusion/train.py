@@ -1,0 +1,426 @@
+"""The training loop: full, retrained, sparse and coalition models differ only in its settings.
+
+Nothing in the loop has a memory other than weights, moving average and optimizer: data order,
+noise and timesteps of step k come from streams named by (opt_seed, k). A run that was killed and
+resumed from a checkpoint therefore ends with the weights of one that was not, bit for bit on the
+CPU in float32, and the number of processes does not change the global batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tribute.config import NoiseScheduleConfig, TrainConfig
+from tribute.diffusion.loss import denoising_loss, draw_timesteps
+from tribute.diffusion.sample import from_uint8
+from tribute.errors import CheckpointError, ConfigError, MixedResultsError, TributeError
+from tribute.models.build import build_noise_schedule
+from tribute.models.checkpoint import Checkpoint, delete_older, load_last_intact, load_weights, save_checkpoint
+from tribute.seeding import numpy_stream, stream_seed, torch_stream
+from tribute.types import Images
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+_STATE_PREFIX = "optimizer"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, as given to `on_log`.
+
+    Attributes:
+        step: Optimizer updates done.
+        n_steps: Updates to do in all.
+        loss: Mean loss since the last report.
+        images_per_second: Training examples per second since the last report.
+        lr: Learning rate of the last update.
+    """
+
+    step: int
+    n_steps: int
+    loss: float
+    images_per_second: float
+    lr: float
+
+
+@dataclass(frozen=True)
+class CheckpointPolicy:
+    """Where and how often a run is saved.
+
+    Attributes:
+        folder: Parent of the `ckpt_steps_*` folders; a run found there is resumed.
+        meta: What `config.json` says besides the loop's own entries; its `identity` must agree on resuming.
+        ckpt_freq: Steps between checkpoints; the last step is always saved.
+        keep_all: Keep every checkpoint, not only the last.
+        pruning: Recipe of a pruned architecture.
+    """
+
+    folder: Path
+    meta: Mapping[str, Any]
+    ckpt_freq: int
+    keep_all: bool = False
+    pruning: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A trained model's moving average, and what training took.
+
+    Attributes:
+        ema: Moving average of the weights, by name.
+        n_steps: Optimizer updates done.
+        seconds: Wall-clock seconds of training, over all resumed parts.
+        final_loss: Mean loss of the last report period; NaN when no step was done here.
+    """
+
+    ema: dict[str, torch.Tensor] = field(repr=False)
+    n_steps: int
+    seconds: float
+    final_loss: float
+
+
+class Ema:
+    """Exponential moving average of parameters with warm-up, in fused multi-tensor operations."""
+
+    def __init__(self, model: torch.nn.Module, config: TrainConfig) -> None:
+        self.names = [name for name, _ in model.named_parameters()]
+        self.shadow = [parameter.detach().clone() for parameter in model.parameters()]
+        self.config = config
+
+    @torch.no_grad()
+    def update(self, model: torch.nn.Module, step: int) -> None:
+        """Move towards the weights after update number `step` (1-based)."""
+        decay = min(
+            self.config.ema_max_decay, 1 - (1 + step / self.config.ema_inv_gamma) ** -self.config.ema_power
+        )
+        torch._foreach_lerp_(self.shadow, list(model.parameters()), 1 - decay)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Averages by parameter name."""
+        return dict(zip(self.names, self.shadow, strict=True))
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Replace the averages."""
+        torch._foreach_copy_(self.shadow, [tensors[name] for name in self.names])
+
+
+class Trainer:
+    """Trains models on rows of one image tensor; built once and used for every coalition.
+
+    Args:
+        images: `(n_examples, height, width, channels)` uint8, in memory or memory-mapped.
+        noise_schedule: The forward process.
+        mixed_precision: `no`, `fp16` or `bf16`.
+        device: Where to train; None lets Accelerate choose.
+        log_with: Trackers of Accelerate, e.g. `("tensorboard",)`.
+        project_dir: Where trackers write.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        noise_schedule: NoiseScheduleConfig,
+        *,
+        mixed_precision: str = "no",
+        device: str | None = None,
+        log_with: Sequence[str] = (),
+        project_dir: Path | None = None,
+    ) -> None:
+        from accelerate import Accelerator
+
+        if mixed_precision == "fp16" and not torch.cuda.is_available() and device in (None, "cpu"):
+            raise ConfigError("mixed_precision: fp16 needs a GPU, found none; use bf16 or no")
+        self.images = images
+        self.noise_schedule_config = noise_schedule
+        self.noise_schedule = build_noise_schedule(noise_schedule)
+        self.accelerator: Accelerator = Accelerator(
+            mixed_precision=mixed_precision,
+            cpu=device == "cpu",
+            log_with=list(log_with) or None,
+            project_dir=project_dir,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where models are trained."""
+        return self.accelerator.device
+
+    def train(
+        self,
+        model: torch.nn.Module,
+        example_idx: npt.NDArray[np.int64],
+        config: TrainConfig,
+        *,
+        checkpoints: CheckpointPolicy | None = None,
+        on_log: Callable[[Progress], None] | None = None,
+        log_freq: int = 100,
+    ) -> TrainResult:
+        """Train `model` in place on some rows of the images.
+
+        Args:
+            model: Starts from its present weights unless a checkpoint is resumed. Its moving average
+                starts there, too.
+            example_idx: `(n,)` rows to train on.
+            config: Steps, batch, optimizer, seed.
+            checkpoints: Where to save and resume; None trains in memory only.
+            on_log: Called every `log_freq` steps on the main process.
+
+        Raises:
+            TributeError: The loss is not finite; the message names the step.
+            MixedResultsError: The folder holds a run with other settings.
+        """
+        if len(example_idx) == 0:
+            raise ConfigError("expected at least one training example, found none")
+        accelerator = self.accelerator
+        if config.batch_size % accelerator.num_processes:
+            raise ConfigError(
+                f"batch_size: expected a multiple of the {accelerator.num_processes} processes, "
+                f"found {config.batch_size}"
+            )
+        model.to(accelerator.device).train()
+        ema = Ema(model, config)
+        optimizer = _build_optimizer(model, config)
+        raw_model = model
+        if accelerator.num_processes > 1 or accelerator.mixed_precision != "no":
+            model, optimizer = accelerator.prepare(model, optimizer)
+        first_step, seconds_before = 0, 0.0
+        if checkpoints is not None:
+            found = load_last_intact(checkpoints.folder, with_training_state=True)
+            if found is not None:
+                first_step = _resume(found, raw_model, ema, optimizer, config, checkpoints)
+                seconds_before = float(found.meta["seconds_train"])
+        started = time.perf_counter()
+        report_started, report_step = started, first_step
+        losses: list[torch.Tensor] = []
+        final_loss = math.nan
+        for step in range(first_step, config.n_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            for micro_step in range(config.gradient_accumulation_steps):
+                loss = self._loss(model, example_idx, config, step * config.gradient_accumulation_steps + micro_step)
+                accelerator.backward(loss / config.gradient_accumulation_steps)
+                losses.append(loss.detach())
+            accelerator.clip_grad_norm_(raw_model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            done = step + 1
+            ema.update(raw_model, done)
+            is_last = done == config.n_steps
+            save_now = checkpoints is not None and (is_last or done % checkpoints.ckpt_freq == 0)
+            if is_last or save_now or done % log_freq == 0:
+                final_loss = float(torch.stack(losses).mean())
+                losses.clear()
+                if not math.isfinite(final_loss):
+                    raise TributeError(
+                        f"the training loss became {final_loss} before step {done}; nothing was saved from this "
+                        "part of the run. Lower the learning rate or use mixed_precision no"
+                    )
+                now = time.perf_counter()
+                if on_log is not None and accelerator.is_main_process:
+                    rate = (done - report_step) * config.examples_per_step / max(now - report_started, 1e-9)
+                    on_log(Progress(done, config.n_steps, final_loss, rate, learning_rate(config, step)))
+                accelerator.log({"loss": final_loss, "lr": learning_rate(config, step)}, step=done)
+                report_started, report_step = now, done
+            if checkpoints is not None and save_now and accelerator.is_main_process:
+                _save(checkpoints, raw_model, ema, optimizer, done, config, seconds_before + time.perf_counter() - started)
+        if checkpoints is not None and config.n_steps == 0 and accelerator.is_main_process:
+            _save(checkpoints, raw_model, ema, optimizer, 0, config, 0.0)
+        seconds = seconds_before + time.perf_counter() - started
+        return TrainResult(ema=ema.state(), n_steps=config.n_steps, seconds=seconds, final_loss=final_loss)
+
+    def _loss(
+        self, model: torch.nn.Module, example_idx: npt.NDArray[np.int64], config: TrainConfig, batch_number: int
+    ) -> torch.Tensor:
+        """Loss of this process's share of a batch; all draws come from the batch's own stream."""
+        accelerator = self.accelerator
+        generator = torch_stream(config.opt_seed, "training batch", batch_number)
+        rows = batch_rows(len(example_idx), config.batch_size, batch_number, config.opt_seed)
+        clean = from_uint8(self.images[example_idx[rows]], accelerator.device)
+        if config.random_flip:
+            flip = torch.rand(len(clean), generator=generator) < 0.5
+            clean = torch.where(flip.to(clean.device)[:, None, None, None], clean.flip(-1), clean)
+        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+        timesteps = draw_timesteps(
+            len(clean),
+            self.noise_schedule_config.num_train_timesteps,
+            generator,
+            antithetic=config.antithetic_timesteps,
+        ).to(clean.device)
+        share = len(clean) // accelerator.num_processes
+        mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+        with torch.random.fork_rng(devices=[], enabled=_has_dropout(model)):
+            if _has_dropout(model):
+                torch.manual_seed(stream_seed(config.opt_seed, "dropout", batch_number, accelerator.process_index))
+            with accelerator.autocast():
+                return denoising_loss(model, self.noise_schedule, clean[mine], noise[mine], timesteps[mine])
+
+
+def batch_rows(n_examples: int, batch_size: int, batch_number: int, opt_seed: int) -> npt.NDArray[np.int64]:
+    """Positions `(batch_size,)` of a batch: consecutive pieces of one random permutation per epoch.
+
+    An epoch that ends within a batch is followed by the next, so every example is seen equally often.
+    """
+    rows: list[npt.NDArray[np.int64]] = []
+    start, missing = batch_number * batch_size, batch_size
+    while missing > 0:
+        epoch, offset = divmod(start, n_examples)
+        piece = _epoch_order(n_examples, epoch, opt_seed)[offset : offset + missing]
+        rows.append(piece)
+        start += len(piece)
+        missing -= len(piece)
+    return np.concatenate(rows)
+
+
+_epoch_cache: dict[tuple[int, int, int], npt.NDArray[np.int64]] = {}
+
+
+def _epoch_order(n_examples: int, epoch: int, opt_seed: int) -> npt.NDArray[np.int64]:
+    """The permutation of an epoch; the last two are remembered."""
+    key = (n_examples, epoch, opt_seed)
+    if key not in _epoch_cache:
+        while len(_epoch_cache) > 1:
+            _epoch_cache.pop(next(iter(_epoch_cache)))
+        _epoch_cache[key] = numpy_stream(opt_seed, "data order", epoch).permutation(n_examples)
+    return _epoch_cache[key]
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Learning rate of update `step` (0-based): linear warm-up, then constant or cosine to zero."""
+    optimizer = config.optimizer
+    if step < optimizer.n_warmup_steps:
+        return optimizer.lr * (step + 1) / optimizer.n_warmup_steps
+    if optimizer.lr_schedule == "constant":
+        return optimizer.lr
+    progress = (step - optimizer.n_warmup_steps) / max(1, config.n_steps - optimizer.n_warmup_steps)
+    return optimizer.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of the settings, over all parameters."""
+    optimizer_class = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[config.optimizer.name]
+    return optimizer_class(
+        model.parameters(),
+        lr=config.optimizer.lr,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+        foreach=True,
+    )
+
+
+def _has_dropout(model: torch.nn.Module) -> bool:
+    """Whether the forward pass draws random numbers of its own."""
+    config = getattr(getattr(model, "module", model), "config", {})
+    return bool(config.get("dropout", 0.0))
+
+
+def _save(
+    policy: CheckpointPolicy,
+    model: torch.nn.Module,
+    ema: Ema,
+    optimizer: Any,
+    n_steps: int,
+    config: TrainConfig,
+    seconds: float,
+) -> None:
+    """Write a checkpoint from which training resumes exactly."""
+    path = save_checkpoint(
+        policy.folder,
+        n_steps=n_steps,
+        unet=model.state_dict(),
+        ema=ema.state(),
+        meta={**policy.meta, "train": config.model_dump(mode="json"), "seconds_train": seconds},
+        pruning=policy.pruning,
+        training_state=_optimizer_tensors(model, optimizer),
+    )
+    if not policy.keep_all:
+        delete_older(policy.folder, path)
+
+
+def _optimizer_tensors(model: torch.nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
+    """Optimizer state by `optimizer.STATISTIC.PARAMETER`; empty before the first update."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for statistic, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{_STATE_PREFIX}.{statistic}.{name}"] = torch.as_tensor(value)
+    return tensors
+
+
+def _resume(
+    found: Checkpoint,
+    model: torch.nn.Module,
+    ema: Ema,
+    optimizer: Any,
+    config: TrainConfig,
+    policy: CheckpointPolicy,
+) -> int:
+    """Restore weights, average and optimizer; returns the steps done.
+
+    Only the number of steps may differ from what the checkpoint was made with, and only upwards.
+    """
+    identity = {**dict(policy.meta.get("identity", {})), "train": config.model_dump(mode="json", exclude={"n_steps"})}
+    saved_train = {key: value for key, value in found.meta["train"].items() if key != "n_steps"}
+    saved = {**dict(found.meta.get("identity", {})), "train": saved_train}
+    differing = _differences(saved, identity)
+    if differing:
+        raise MixedResultsError(
+            f"{found.path} was made with other settings: {'; '.join(differing)}. "
+            "Use the settings it was made with, or another --outdir to start afresh"
+        )
+    if found.n_steps > config.n_steps:
+        raise MixedResultsError(
+            f"{found.path} already has {found.n_steps} steps, asked for {config.n_steps}. "
+            "Ask for at least as many steps, or use another --outdir"
+        )
+    load_weights(model, found.unet, where=found.path)
+    ema.load(found.ema)
+    if found.n_steps < config.n_steps and found.n_steps > 0:
+        if not found.training_state:
+            raise CheckpointError(
+                f"{found.path} has no training_state.safetensors, so it cannot be resumed exactly; "
+                "expected a checkpoint of an unfinished run"
+            )
+        _load_optimizer(model, optimizer, found)
+    logger.info("Resuming %s at step %d of %d.", policy.folder, found.n_steps, config.n_steps)
+    return found.n_steps
+
+
+def _load_optimizer(model: torch.nn.Module, optimizer: Any, found: Checkpoint) -> None:
+    """Put the saved statistics back where the optimizer keeps them."""
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in (found.training_state or {}).items():
+        _, statistic, name = key.split(".", 2)
+        state.setdefault(name, {})[statistic] = value
+    names = [name for name, _ in model.named_parameters()]
+    optimizer.load_state_dict(
+        {
+            "state": {i: state[name] for i, name in enumerate(names)},
+            "param_groups": optimizer.state_dict()["param_groups"],
+        }
+    )
+
+
+def _differences(saved: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Settings that differ, as `name: saved X, asked Y`."""
+    lines = []
+    for key in sorted(saved.keys() | asked.keys()):
+        left, right = saved.get(key), asked.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            lines += _differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            lines.append(f"{prefix}{key}: saved {left!r}, asked {right!r}")
+    return lines

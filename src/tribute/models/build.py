@@ -1,0 +1,56 @@
+"""Networks and noise schedules from settings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from tribute.config import NoiseScheduleConfig, UNetConfig
+from tribute.errors import ConfigError
+from tribute.seeding import stream_seed
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler, UNet2DModel
+
+
+def build_unet(config: UNetConfig, *, opt_seed: int = 0) -> UNet2DModel:
+    """Build a UNet with random weights; the process's own random state is left alone.
+
+    Args:
+        config: The architecture.
+        opt_seed: Root seed of the initial weights.
+
+    Raises:
+        ConfigError: diffusers refuses the architecture.
+    """
+    from diffusers import UNet2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(opt_seed, "initial weights"))
+        try:
+            return UNet2DModel(**config.model_dump())
+        except ValueError as error:
+            raise ConfigError(f"unet: diffusers refuses this architecture: {error}") from error
+
+
+def build_noise_schedule(config: NoiseScheduleConfig) -> DDPMScheduler:
+    """The forward process of training, as a diffusers scheduler."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(**config.model_dump())
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Number of scalar parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def reset_weights(model: torch.nn.Module, opt_seed: int) -> None:
+    """Give a network, pruned or not, fresh random weights in place: the untrained network of its architecture."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(opt_seed, "initial weights"))
+        for module in model.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()

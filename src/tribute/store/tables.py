@@ -1,0 +1,328 @@
+"""The schema of the store, and the database that holds it.
+
+A plain path means a SQLite file; any other location is an SQLAlchemy URL. Times are seconds since the epoch
+(UTC), so that hosts compare them without knowing each other's time zone.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    CheckConstraint,
+    Column,
+    Double,
+    Engine,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    create_engine,
+    event,
+    func,
+    insert,
+    inspect,
+    select,
+)
+from sqlalchemy.engine import URL, Connection, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+
+from tribute.errors import StoreError
+
+SCHEMA_VERSION = 1
+BUSY_SECONDS = 30.0
+"""How long a SQLite connection waits for another writer."""
+
+_WRITES = "tribute_writes"
+_CREATION_LOCK = 0x7472_6962  # any constant: PostgreSQL serialises the creation of the tables on it
+_NETWORK_FILE_SYSTEMS = frozenset(
+    ["nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "sshfs"]
+)
+
+metadata = MetaData()
+
+schema = Table("tribute_schema", metadata, Column("version", Integer, nullable=False))
+
+study = Table(
+    "study",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("dataset", Text, nullable=False),
+    Column("fingerprint", Text, nullable=False),  # of the contributors and their examples
+    Column("config", JSON(none_as_null=True)),
+    Column("created", Double, nullable=False),
+    UniqueConstraint("name", "dataset"),
+)
+
+contributor = Table(
+    "contributor",
+    metadata,
+    Column("study_id", ForeignKey("study.id"), primary_key=True),
+    Column("contributor_idx", Integer, primary_key=True, autoincrement=False),
+    Column("contributor_name", Text, nullable=False),
+    Column("n_examples", Integer, nullable=False),
+)
+
+evaluation = Table(
+    "evaluation",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("study_id", ForeignKey("study.id"), nullable=False),
+    Column("identity", String(64), nullable=False),  # SHA-256 of all that determines the result
+    Column("exp_name", Text, nullable=False),
+    Column("dataset", Text, nullable=False),
+    Column("method", Text, nullable=False),
+    Column("removal_dist", Text),
+    Column("datamodel_alpha", Double),
+    Column("removal_seed", Integer),
+    Column("role", Text),
+    Column("coalition", Text, nullable=False),  # "n:hex", see records
+    Column("opt_seed", Integer, nullable=False),
+    Column("settings", JSON, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("status", String(8), nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("error", Text),
+    Column(
+        "owner", JSON(none_as_null=True)
+    ),  # the process that claimed it: host, boot, namespace, pid, start
+    Column("owner_token", String(32)),
+    Column("lease_expires", Double),
+    Column("created", Double, nullable=False),
+    Column("started", Double),
+    Column("finished", Double),
+    Column("seconds", JSON(none_as_null=True)),
+    Column("provenance", JSON(none_as_null=True)),
+    UniqueConstraint("study_id", "identity"),
+    CheckConstraint("status IN ('pending', 'running', 'finished', 'failed')"),
+    Index("evaluation_by_status", "status", "priority", "id"),
+)
+
+behavior = Table(
+    "behavior",
+    metadata,
+    Column("evaluation_id", ForeignKey("evaluation.id"), primary_key=True),
+    Column("name", String(200), primary_key=True),
+    Column("value", Double, nullable=False),  # raw, never negated
+    Column("definition", JSON(none_as_null=True)),  # unit, direction, variant
+)
+
+artifact = Table(
+    "artifact",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("study_id", ForeignKey("study.id"), nullable=False),
+    Column("kind", String(100), nullable=False),
+    Column("path", Text, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("meta", JSON(none_as_null=True)),
+    UniqueConstraint("study_id", "kind", "path"),
+)
+
+
+def open_database(location: str | Path, *, create: bool) -> Engine:
+    """Open the database at `location`, with the tables of this version in it.
+
+    Args:
+        location: Path of a SQLite file, or an SQLAlchemy URL.
+        create: Make the file, its folders and the tables where they are missing.
+
+    Raises:
+        StoreError: The place cannot hold a store, or holds something else; the message says what to do.
+    """
+    url = _database_url(location)
+    is_sqlite = url.get_backend_name() == "sqlite"
+    file = database_file(url)
+    if file is not None:
+        _check_file(file, create=create)
+    try:
+        engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS} if is_sqlite else {})
+    except (ArgumentError, NoSuchModuleError, ImportError) as error:
+        raise StoreError(
+            f"A store needs a database whose driver is installed; {shown(url)} gave: {error}. "
+            "Install the driver, or give the path of a SQLite file."
+        ) from error
+    if is_sqlite:
+        event.listen(engine, "connect", _set_up_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+    try:
+        _prepare_schema(engine, create=create)
+        if file is not None:
+            _use_write_ahead_log(engine)
+    except BaseException:
+        engine.dispose()
+        raise
+    return engine
+
+
+def writer(engine: Engine) -> Engine:
+    """The same database for transactions that write: SQLite then locks at their start, not halfway."""
+    return engine.execution_options(**{_WRITES: True})
+
+
+@contextmanager
+def database_errors(engine: Engine) -> Iterator[None]:
+    """Turn what the database driver raises into a `StoreError` that names the store and a remedy."""
+    try:
+        yield
+    except DBAPIError as error:
+        found = str(error.orig)
+        if "not a database" in found or "malformed" in found:
+            remedy = "Give another path, or restore the file from a backup or an export."
+        elif "locked" in found:
+            remedy = (
+                f"Another process kept it for more than {BUSY_SECONDS:.0f} s: run again, or use a PostgreSQL "
+                "URL for many writers."
+            )
+        elif "readonly" in found or "unable to open" in found:
+            remedy = "Give a place that this user may write to."
+        else:
+            remedy = "Check that the database is up, that it has space, and that its URL is right."
+        raise StoreError(f"The store {shown(engine.url)} does not answer: {found}. {remedy}") from error
+
+
+def shown(url: URL) -> str:
+    """The location as people know it: the path of a SQLite file, or the URL without its password."""
+    file = database_file(url)
+    return str(file) if file is not None else url.render_as_string(hide_password=True)
+
+
+def database_file(url: URL) -> Path | None:
+    """The file of a SQLite URL; None for one in memory and for servers."""
+    name = url.database or ""
+    if url.get_backend_name() != "sqlite" or name in ("", ":memory:") or name.startswith("file:"):
+        return None
+    return Path(name)
+
+
+def network_file_system(path: Path, mounts: str) -> str | None:
+    """Type of the network file system that holds `path`, by the text of /proc/mounts; None if it is local."""
+    holder, kind = Path("/"), ""
+    for line in mounts.splitlines():
+        fields = line.split()
+        if len(fields) < 3:
+            continue
+        mount_point = Path(fields[1].replace("\\040", " "))
+        # A later mount over the same place hides the earlier one.
+        if path.is_relative_to(mount_point) and len(mount_point.parts) >= len(holder.parts):
+            holder, kind = mount_point, fields[2].removeprefix("fuse.")
+    return kind if kind in _NETWORK_FILE_SYSTEMS else None
+
+
+def _database_url(location: str | Path) -> URL:
+    """URL of a location; whatever has no `://` in it is a path."""
+    text = str(location)
+    if "://" not in text:
+        return URL.create("sqlite", database=str(Path(text).expanduser()))
+    try:
+        return make_url(text)
+    except ArgumentError as error:
+        raise StoreError(
+            f"A store is the path of a SQLite file or a URL such as postgresql+psycopg://user@host/name; "
+            f"found {text.split('://')[0]}://..., which is neither: {error}."
+        ) from error
+
+
+def _check_file(file: Path, *, create: bool) -> None:
+    """Refuse a place that cannot hold a SQLite store, and make its folders."""
+    expected = "A store is a SQLite file that this user may write to"
+    if file.is_dir():
+        raise StoreError(f"{expected}; {file} is a directory. Give a file in it, e.g. {file / 'results.db'}.")
+    if not create and not file.exists():
+        raise StoreError(
+            f"{expected}; {file} does not exist. Check the path, or run the step that writes it."
+        )
+    try:
+        if create:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        place = file if file.exists() else file.parent
+    except OSError as error:
+        raise StoreError(
+            f"{expected}; the folder of {file} cannot be made: {error.strerror}. Give another path."
+        ) from error
+    if create and not os.access(place, os.W_OK):
+        raise StoreError(
+            f"{expected}; {place} is not writable. Change its permissions, or give another path."
+        )
+    mounts = Path("/proc/self/mounts")
+    kind = network_file_system(file.resolve(), mounts.read_text()) if mounts.exists() else None
+    if kind is not None:
+        # The write-ahead log needs memory that all of its processes share, so they must be on one host.
+        raise StoreError(
+            f"SQLite needs a local disk; {file} is on a network file system ({kind}), where several hosts "
+            "would damage it. Put the store on a local disk, or use PostgreSQL: postgresql+psycopg://..."
+        )
+
+
+def _set_up_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
+    """Let SQLAlchemy begin the transactions, not the driver, and enforce foreign keys."""
+    connection.isolation_level = None
+    connection.execute("PRAGMA foreign_keys = ON")
+    # With a write-ahead log a power cut may undo the last commits (to be measured again); it damages nothing.
+    connection.execute("PRAGMA synchronous = NORMAL")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    """Take the write lock at once where it will be needed: a later upgrade of a read lock cannot wait."""
+    writes = connection.get_execution_options().get(_WRITES, False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _use_write_ahead_log(engine: Engine) -> None:
+    """Let readers and a writer work at once; a file where this is impossible works without."""
+    with closing(engine.raw_connection()) as connection, suppress(sqlite3.OperationalError):
+        connection.cursor().execute("PRAGMA journal_mode = WAL")
+
+
+def _prepare_schema(engine: Engine, *, create: bool) -> None:
+    """Create the tables in an empty database; refuse those of strangers and of newer versions."""
+    with database_errors(engine):
+        with engine.begin() as connection:
+            version = _stored_version(connection)
+        if version is None and create:
+            with writer(engine).begin() as connection:
+                version = _create_schema(connection)
+    place = shown(engine.url)
+    if version is None:
+        raise StoreError(f"A store of Tribute was expected; {place} has none. Check the path or URL.")
+    if version > SCHEMA_VERSION:
+        raise StoreError(
+            f"This version of Tribute reads stores of schema {SCHEMA_VERSION}; {place} has schema {version}, "
+            "written by a newer version. Upgrade it (pip install --upgrade tribute), or give another store."
+        )
+
+
+def _stored_version(connection: Connection) -> int | None:
+    """Schema version of the store; None where there is none."""
+    if not inspect(connection).has_table(schema.name):
+        return None
+    return connection.execute(select(func.max(schema.c.version))).scalar_one_or_none()
+
+
+def _create_schema(connection: Connection) -> int:
+    """Create all tables, unless another process was faster, and return the version."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(select(func.pg_advisory_xact_lock(_CREATION_LOCK)))
+    version = _stored_version(connection)
+    if version is not None:
+        return version
+    strangers = sorted(inspect(connection).get_table_names())
+    if strangers:
+        raise StoreError(
+            f"A new store needs a database of its own; {shown(connection.engine.url)} has other tables: "
+            f"{', '.join(strangers[:5])}. Give another file, database or schema."
+        )
+    metadata.create_all(connection)
+    connection.execute(insert(schema).values(version=SCHEMA_VERSION))
+    return SCHEMA_VERSION
