@@ -184,6 +184,15 @@ def load_preset(name: str) -> Preset:
     return Preset.parse(yaml.safe_load(text), where=f"preset {name}")
 
 
+class DataConfig(Config):
+    """Which training data, and how it is divided among contributors."""
+
+    dataset: str = "digits"
+    contributors: str = "class"
+    data_dir: Path | None = None
+    max_examples: int | None = Field(None, gt=0)
+
+
 class StudyModelConfig(Config):
     """Steps of one training stage; what is None comes from the preset."""
 
@@ -199,7 +208,6 @@ class FitCoalitionsConfig(Config):
     removal_dist: Literal["shapley", "datamodel", "uniform"] = "shapley"
     datamodel_alpha: float = Field(0.5, gt=0, lt=1)
     first_removal_seed: int = Field(0, ge=0)
-    paired: bool = Field(True, description="Measure the complement of every coalition drawn, too.")
     leave_one_out: bool = Field(False, description="Also measure the leave-one-out coalitions.")
     n_end_points: int = Field(2, gt=0, description="Measurements of v(empty) and of v(grand).")
 
@@ -245,6 +253,10 @@ class StudyConfig(Config):
         if not self.behaviors:
             raise ValueError("behaviors: expected at least one model behavior, found none")
         return self
+
+    @property
+    def data(self) -> DataConfig:
+        return DataConfig(**{name: getattr(self, name) for name in DataConfig.model_fields})
 
     @property
     def run_dir(self) -> Path:

@@ -124,7 +124,7 @@ def write_artifact(folder: Path, arrays: Mapping[str, npt.NDArray[Any]], facts: 
     from safetensors.numpy import save
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    payload = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    payload = save({name: np.asarray(array, order="C") for name, array in arrays.items()})
     record = {"facts": facts, "facts_sha256": _facts_hash(facts)}
     record["arrays_sha256"] = hashlib.sha256(payload).hexdigest()
     beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")

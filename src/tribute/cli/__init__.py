@@ -1,0 +1,74 @@
+"""The command line: argument parsing and printing only, and nothing heavy before it is needed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "run": "a whole study from a YAML file: train, prune, coalitions, attributions, LDS",
+    "train": "train, retrain or fine-tune a model (main.py)",
+    "prune": "prune a trained model (prune.py)",
+    "unlearn": "a coalition's model and its behavior, recorded in a store (unlearn.py)",
+    "lds": "fit attributions to a store and prove them on retrained models (lds.py)",
+    "export": "write a store as JSONL in the published layout, or as CSV",
+    "import": "read JSONL of the published layout into a store",
+}
+
+_HELP = """usage: tribute COMMAND [--flags]
+
+Credit the contributors of a diffusion model's training data.
+
+commands:
+{commands}
+
+  tribute COMMAND --help   flags of a command
+  tribute --version        version
+
+Start with:  tribute run examples/digits.yaml
+"""
+
+
+def main(command: str | None = None, argv: Sequence[str] | None = None) -> None:
+    """Entry point of `tribute` and, with `command` given, of the published scripts.
+
+    Exits with 0, with 1 for an error that the user can repair, 2 for wrong usage, 130 when interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if command is None:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            lines = "\n".join(f"  {name:<9}{text}" for name, text in COMMANDS.items())
+            print(_HELP.format(commands=lines), end="")
+            sys.exit(0 if arguments else 2)
+        if arguments[0] == "--version":
+            from tribute import __version__
+
+            print(f"tribute {__version__}")
+            return
+        command, arguments = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        print(f"tribute: unknown command {command!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    _dispatch(command, arguments)
+
+
+def _dispatch(command: str, arguments: list[str]) -> None:
+    """Run a command and turn what a user can repair into one clear line."""
+    import importlib
+
+    from tribute.cli.console import setup_logging
+    from tribute.errors import TributeError
+
+    module = importlib.import_module(f"tribute.cli.{command}_command")
+    setup_logging()
+    try:
+        module.run(arguments)
+    except TributeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command again to continue where it stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # e.g. `tribute lds ... | head`
+        sys.stderr.close()
+        sys.exit(141)

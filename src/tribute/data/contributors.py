@@ -216,8 +216,8 @@ def vendors(images: Images, labels: npt.NDArray[np.int64]) -> VendorExamples:
 
     Eleven vendors of the sizes in `VENDOR_SIZES` partition the scans. Each prefers some classes: its class
     mix is drawn from a Dirichlet law, and its scans from those still free, without replacement and with
-    these weights. Two of them then deliver noisy scans. The copier owns copies of part of what another vendor owns,
-    which come after the scans. The result is always the same.
+    these weights. Two of them then deliver noisy scans. The copier owns copies of part of what another
+    vendor owns; they come after the scans. The result is always the same.
 
     Args:
         images: `(1797, height, width, channels)` uint8, the clean scans.

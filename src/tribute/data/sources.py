@@ -159,12 +159,11 @@ def read_digits(source: Source, options: ReadOptions) -> Examples:
     from sklearn.datasets import load_digits
 
     levels, classes = load_digits(return_X_y=True)
-    images = np.round(levels * (255 / 16)).astype(np.uint8).reshape(-1, *source.image_shape)
-    n_rows = options.max_examples
+    images = np.round(np.asarray(levels) * (255 / 16)).astype(np.uint8).reshape(-1, *source.image_shape)
+    labels = np.asarray(classes, dtype=np.int64)
     label_names = tuple(str(digit) for digit in range(10))
-    return Examples(
-        images[:n_rows], classes[:n_rows].astype(np.int64), label_names, {"embedded": "scikit-learn"}
-    )
+    n_rows = options.max_examples
+    return Examples(images[:n_rows], labels[:n_rows], label_names, {"embedded": "scikit-learn"})
 
 
 def read_parquet(source: Source, options: ReadOptions) -> Examples:
@@ -173,9 +172,8 @@ def read_parquet(source: Source, options: ReadOptions) -> Examples:
     The cache is named after the content of the files, the source's columns and shape, and `max_examples`.
 
     Raises:
-        ConfigError: No `data_dir` was given.
-        DataError: There is no such file, a column is missing or of another type, or an image is broken or of
-            another size; the message names file and row (from 0).
+        DataError: There is no such file or no `data_dir`, a column is missing or of another type, or an image is
+            broken or of another size; the message names file and row (from 0).
     """
     files = _find_parquet_files(source, options.data_dir)
     try:
@@ -212,7 +210,7 @@ def _find_parquet_files(source: Source, data_dir: Path | None) -> list[Path]:
     """The file itself, or the training shards of the folder in the order of their names."""
     expected = "expected a Parquet file in the Hugging Face layout, or a folder with train*.parquet"
     if data_dir is None:
-        raise ConfigError(f"--data_dir is missing: {expected}; the dataset is {source.description}")
+        raise DataError(f"--data_dir is missing: {expected}; the dataset is {source.description}")
     if data_dir.is_file():
         return [data_dir]
     # Copies from the hub keep their shards one folder down (data/, plain_text/, ...).

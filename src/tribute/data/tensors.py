@@ -1,8 +1,8 @@
 """The training set as one uint8 tensor, in memory or memory-mapped, gathered by index.
 
 A tensor cache is a folder: `images.npy` and one `.npy` per column beside `manifest.json`, which holds shape,
-dtype and SHA-256 of each and says where they come from. It is built beside its place and renamed when whole, by one
-process at a time, and believed only if its content agrees with its manifest.
+dtype and SHA-256 of each and says where they come from. It is built beside its place and renamed when whole,
+by one process at a time, and believed only if its content agrees with its manifest.
 """
 
 from __future__ import annotations
@@ -226,8 +226,8 @@ def write_tensor_cache(
         source: What the images were made from, as JSON.
 
     Raises:
-        DataError: The batches are not of that shape, or the folder cannot be written (a full disk). Nothing is
-            left behind.
+        DataError: The batches are not of that shape, or the folder cannot be written (a full disk). Nothing
+            is left behind.
     """
 
     def write(folder: Path) -> None:
@@ -265,11 +265,11 @@ def open_tensor_cache(cache_dir: Path) -> TensorCache:
             f"tensor cache {cache_dir}: expected a whole cache, found one that cannot be read "
             f"({type(error).__name__}: {error}); move it away and it is built again"
         ) from error
-    for name in expected:
-        if found[name] != expected[name]:
+    for name in found:
+        if found[name] != expected.get(name):
             raise DataError(
                 f"tensor cache {cache_dir}: {name}.npy is not what its manifest says: expected "
-                f"{expected[name]}, found {found[name]}; move the folder away and it is built again"
+                f"{expected.get(name)}, found {found[name]}; move the folder away and it is built again"
             )
     return TensorCache(images, columns, manifest)
 

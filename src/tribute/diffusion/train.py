@@ -25,7 +25,13 @@ from tribute.diffusion.loss import denoising_loss, draw_timesteps
 from tribute.diffusion.sample import from_uint8
 from tribute.errors import CheckpointError, ConfigError, MixedResultsError, TributeError
 from tribute.models.build import build_noise_schedule
-from tribute.models.checkpoint import Checkpoint, delete_older, load_last_intact, load_weights, save_checkpoint
+from tribute.models.checkpoint import (
+    Checkpoint,
+    delete_older,
+    load_last_intact,
+    load_weights,
+    save_checkpoint,
+)
 from tribute.seeding import numpy_stream, stream_seed, torch_stream
 from tribute.types import Images
 
@@ -211,7 +217,9 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
             for micro_step in range(config.gradient_accumulation_steps):
-                loss = self._loss(model, example_idx, config, step * config.gradient_accumulation_steps + micro_step)
+                loss = self._loss(
+                    model, example_idx, config, step * config.gradient_accumulation_steps + micro_step
+                )
                 accelerator.backward(loss / config.gradient_accumulation_steps)
                 losses.append(loss.detach())
             accelerator.clip_grad_norm_(raw_model.parameters(), config.max_grad_norm)
@@ -236,14 +244,26 @@ class Trainer:
                 accelerator.log({"loss": final_loss, "lr": learning_rate(config, step)}, step=done)
                 report_started, report_step = now, done
             if checkpoints is not None and save_now and accelerator.is_main_process:
-                _save(checkpoints, raw_model, ema, optimizer, done, config, seconds_before + time.perf_counter() - started)
+                _save(
+                    checkpoints,
+                    raw_model,
+                    ema,
+                    optimizer,
+                    done,
+                    config,
+                    seconds_before + time.perf_counter() - started,
+                )
         if checkpoints is not None and config.n_steps == 0 and accelerator.is_main_process:
             _save(checkpoints, raw_model, ema, optimizer, 0, config, 0.0)
         seconds = seconds_before + time.perf_counter() - started
         return TrainResult(ema=ema.state(), n_steps=config.n_steps, seconds=seconds, final_loss=final_loss)
 
     def _loss(
-        self, model: torch.nn.Module, example_idx: npt.NDArray[np.int64], config: TrainConfig, batch_number: int
+        self,
+        model: torch.nn.Module,
+        example_idx: npt.NDArray[np.int64],
+        config: TrainConfig,
+        batch_number: int,
     ) -> torch.Tensor:
         """Loss of this process's share of a batch; all draws come from the batch's own stream."""
         accelerator = self.accelerator
@@ -264,7 +284,9 @@ class Trainer:
         mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
         with torch.random.fork_rng(devices=[], enabled=_has_dropout(model)):
             if _has_dropout(model):
-                torch.manual_seed(stream_seed(config.opt_seed, "dropout", batch_number, accelerator.process_index))
+                torch.manual_seed(
+                    stream_seed(config.opt_seed, "dropout", batch_number, accelerator.process_index)
+                )
             with accelerator.autocast():
                 return denoising_loss(model, self.noise_schedule, clean[mine], noise[mine], timesteps[mine])
 
@@ -372,7 +394,10 @@ def _resume(
 
     Only the number of steps may differ from what the checkpoint was made with, and only upwards.
     """
-    identity = {**dict(policy.meta.get("identity", {})), "train": config.model_dump(mode="json", exclude={"n_steps"})}
+    identity = {
+        **dict(policy.meta.get("identity", {})),
+        "train": config.model_dump(mode="json", exclude={"n_steps"}),
+    }
     saved_train = {key: value for key, value in found.meta["train"].items() if key != "n_steps"}
     saved = {**dict(found.meta.get("identity", {})), "train": saved_train}
     differing = _differences(saved, identity)

@@ -214,7 +214,7 @@ class Regression:
     the nuisance columns has been projected out. Coefficients of the nuisance columns are not penalised.
 
     Attributes:
-        root_weights: `(n_rows,)`, square roots of the weights, which have mean 1.
+        root_weights: `(n_rows,)`, square roots of the weights, whose mean over the positive ones is 1.
         nuisance: `(n_rows, n_nuisance)`, orthonormal basis of the weighted nuisance columns.
         left: `(n_rows, rank)`, U.
         singular: `(rank,)`, d, in falling order.
@@ -230,7 +230,7 @@ class Regression:
     @classmethod
     def factorise(cls, design: Array, nuisance: Array, weights: Array) -> Self:
         """Factorise design `(n_rows, n_columns)` beside nuisance columns `(n_rows, n_nuisance)`."""
-        root_weights = np.sqrt(weights / weights.mean())
+        root_weights = np.sqrt(weights / weights[weights > 0].mean())
         weighted = root_weights[:, None] * design
         basis = np.linalg.qr(root_weights[:, None] * nuisance)[0]
         # Rounding is relative to the columns before the projection, which may leave nothing of them.

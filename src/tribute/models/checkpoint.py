@@ -159,7 +159,9 @@ def load_checkpoint(path: Path, *, with_training_state: bool = False) -> Checkpo
             raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one in config.json")
     missing = {"unet.safetensors", "ema.safetensors"} - set(files)
     if missing:
-        raise CheckpointError(f"{path} is incomplete: {', '.join(sorted(missing))} is not listed in config.json")
+        raise CheckpointError(
+            f"{path} is incomplete: {', '.join(sorted(missing))} is not listed in config.json"
+        )
     return Checkpoint(
         path=path,
         meta=meta,
@@ -213,7 +215,9 @@ def resolve_checkpoint(path: Path) -> Path:
             "as written by main.py or prune.py"
         )
     if path.is_file():
-        kind = "a pickle, which can run code when it is loaded" if path.suffix in _PICKLE_SUFFIXES else "a file"
+        kind = (
+            "a pickle, which can run code when it is loaded" if path.suffix in _PICKLE_SUFFIXES else "a file"
+        )
         raise CheckpointError(
             f"{path} is {kind}; expected a checkpoint folder of safetensors and JSON written by Tribute"
         )
@@ -252,7 +256,9 @@ def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], *,
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if expected != found:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        wrong = sorted(
+            name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+        )
         name = wrong[0]
         raise CheckpointError(
             f"{where} belongs to another architecture: {len(wrong)} tensors differ, e.g. {name}: "

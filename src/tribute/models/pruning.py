@@ -80,7 +80,9 @@ def prune_unet(
         torch.manual_seed(stream_seed(config.seed, "pruner"))
         if config.pruner in ("taylor", "diff-pruning"):
             if loss_at is None:
-                raise ConfigError(f"pruner {config.pruner} scores channels by gradients: expected loss_at, found None")
+                raise ConfigError(
+                    f"pruner {config.pruner} scores channels by gradients: expected loss_at, found None"
+                )
             _accumulate_gradients(model, config, loss_at, n_timesteps)
             importance = tp.importance.TaylorImportance(multivariable=config.pruner == "diff-pruning")
         elif config.pruner == "magnitude":
@@ -134,7 +136,9 @@ def apply_recipe(model: UNet2DModel, recipe: dict[str, Any]) -> None:
         try:
             layer = model.get_submodule(name)
         except AttributeError as error:
-            raise CheckpointError(f"pruning.json names a layer that this architecture lacks: {name}") from error
+            raise CheckpointError(
+                f"pruning.json names a layer that this architecture lacks: {name}"
+            ) from error
         if isinstance(layer, nn.Conv2d):
             _resize_conv(layer, *width)
         elif isinstance(layer, nn.Linear):

@@ -404,9 +404,9 @@ def _check_owners(owners: ExampleOwners, names: Sequence[str], n_examples: Seque
     found = np.bincount(owners).tolist()
     if found != list(n_examples) or 0 in found:
         raise MixedResultsError(
-            f"The {len(names)} contributors own {list(n_examples)[:8]} examples (the first 8 of them), at least "
-            f"one each; contributor_of_example gives {found[:8]} to {len(found)} contributors. Give the map of "
-            "this study."
+            f"The {len(names)} contributors own {list(n_examples)[:8]} examples (first 8 shown), at least "
+            f"one each; contributor_of_example gives {found[:8]} to {len(found)} contributors. Give the map "
+            "of this study."
         )
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypedDict, Unpack, get_args
@@ -443,10 +443,7 @@ class Store:
             The evaluation, which nobody else gets while the lease lasts; None when there is nothing to do.
         """
         where = _where(study_id, filters)
-        columns = select(
-            evaluation.c.id, evaluation.c.priority, evaluation.c.owner, evaluation.c.lease_expires
-        )
-        ordered = columns.where(*where).order_by(evaluation.c.priority, evaluation.c.id)
+        ordered = select(evaluation).where(*where).order_by(evaluation.c.priority, evaluation.c.id)
         ordered = ordered.with_for_update(skip_locked=True)
         is_file = tables.database_file(self._engine.url) is not None
         token = uuid.uuid4().hex
@@ -462,22 +459,21 @@ class Store:
             ]
             if not ready:
                 return None
-            chosen = min(ready, key=lambda row: (row.priority, row.id)).id
+            row = min(ready, key=lambda row: (row.priority, row.id))
             connection.execute(
                 update(evaluation)
-                .where(evaluation.c.id == chosen)
+                .where(evaluation.c.id == row.id)
                 .values(
                     status="running",
-                    attempts=evaluation.c.attempts + 1,
+                    attempts=row.attempts + 1,
                     error=None,
-                    owner=_this_process(),
+                    owner=_process(os.getpid()),
                     owner_token=token,
                     lease_expires=now + lease_seconds,
                     started=now,
                 )
             )
-            row = connection.execute(select(evaluation).where(evaluation.c.id == chosen)).one()
-        return ClaimedEvaluation(row.id, row.study_id, _spec(row), row.attempts, lease_seconds, token)
+        return ClaimedEvaluation(row.id, row.study_id, _spec(row), row.attempts + 1, lease_seconds, token)
 
     def heartbeat(self, claimed: ClaimedEvaluation) -> bool:
         """Extend the lease to `lease_seconds` from now; False when this claim has lost it."""
@@ -888,16 +884,24 @@ def _where(study_id: int | None, filters: Filters) -> list[ColumnElement[bool]]:
     """The filters as SQL conditions."""
     equal = ("dataset", "exp_name", "method", "datamodel_alpha", "opt_seed", "role")
     one_of = {"roles": "role", "statuses": "status", "evaluation_ids": "id"}
-    where = [] if study_id is None else [evaluation.c.study_id == study_id]
-    where += [evaluation.c[name] == filters.get(name) for name in equal if filters.get(name) is not None]
+    where = [] if study_id is None else [evaluation.c.study_id == _bindable(study_id)]
+    for name in equal:
+        value = filters.get(name)
+        if value is not None:
+            where.append(evaluation.c[name] == _bindable(value))
     for name, column in one_of.items():
         allowed = filters.get(name)
         if allowed is not None:
-            where.append(evaluation.c[column].in_(list(allowed)))
+            where.append(evaluation.c[column].in_([_bindable(value) for value in allowed]))
     removal_dist = filters.get("removal_dist", ANY)
     if removal_dist is not ANY:
         where.append(evaluation.c.removal_dist == removal_dist)  # SQLAlchemy turns None into IS NULL
     return where
+
+
+def _bindable(value: Any) -> Any:
+    """The value as plain Python: SQLite would bind NumPy numbers as bytes, which equal nothing."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _locked(connection: Connection, evaluation_id: int) -> Row | None:
@@ -1057,8 +1061,9 @@ def _plain(value: Mapping[str, Any], what: str) -> dict[str, Any]:
     return json.loads(_canonical_json(dict(value), what))
 
 
-def _this_process() -> dict[str, Any]:
-    """Who claims: what tells this process from every other one, on this host and on others."""
+@cache
+def _process(pid: int) -> dict[str, Any]:
+    """What tells this process, which has the number `pid`, from every other one here and elsewhere."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     namespace = ""
     with suppress(OSError):
@@ -1067,8 +1072,8 @@ def _this_process() -> dict[str, Any]:
         "host": platform.node(),
         "boot": boot.read_text().strip() if boot.exists() else "",
         "namespace": namespace,  # process numbers mean something only within it: containers
-        "pid": os.getpid(),
-        "start": (_process_stat(os.getpid()) or (None, None))[1],
+        "pid": pid,
+        "start": (_process_stat(pid) or (None, None))[1],
     }
 
 
@@ -1088,7 +1093,7 @@ def _process_stat(pid: int) -> tuple[str, int] | None:
 
 def _is_gone(owner: Mapping[str, Any], *, is_file: bool) -> bool:
     """Whether the process that claimed has certainly ended; False where this host cannot know."""
-    here = _this_process()
+    here = _process(os.getpid())
     if owner["boot"] and here["boot"] and owner["boot"] != here["boot"]:
         # A local file was left by an earlier boot; a server may well have this client elsewhere.
         return is_file

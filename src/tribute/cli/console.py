@@ -1,0 +1,99 @@
+"""Printing: tables, progress, logs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+
+from tribute.diffusion.train import Progress
+
+console = Console(soft_wrap=False, highlight=False)
+
+
+def setup_logging() -> None:
+    """Warnings of the library go to standard error; third parties stay quiet."""
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, markup=False)
+    logger = logging.getLogger("tribute")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, note: str = "") -> None:
+    """A table whose first column is text and whose others are numbers; cells are plain text, never markup."""
+    table = Table(
+        title=escape(title), title_justify="left", caption=escape(note) or None, caption_justify="left"
+    )
+    for i, name in enumerate(columns):
+        table.add_column(
+            escape(name), justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="ellipsis"
+        )
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    console.print(table)
+
+
+def print_line(text: str) -> None:
+    """One line of plain text."""
+    console.print(text, markup=False)
+
+
+class TrainingReport:
+    """Prints where a training run stands; rewrites one line on a terminal."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+
+    def __call__(self, at: Progress) -> None:
+        text = (
+            f"{self.title}: step {at.step:,}/{at.n_steps:,}, loss {at.loss:.4f}, "
+            f"{at.images_per_second:,.0f} images/s, lr {at.lr:.2e}"
+        )
+        print_line(text)
+
+
+class StudyReport:
+    """Prints a study's progress: one rewritten line on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, seconds_between_lines: float = 20.0) -> None:
+        self.live = sys.stdout.isatty()
+        self.seconds_between_lines = seconds_between_lines
+        self._last = 0.0
+        self._open_line = False
+
+    def stage(self, title: str) -> None:
+        """A stage begins."""
+        self._close_line()
+        console.print(f"[bold]{escape(title)}[/bold]")
+        self._last = 0.0
+
+    def message(self, text: str) -> None:
+        """A fact worth a line."""
+        self._close_line()
+        print_line(f"  {text}")
+
+    def progress(self, title: str, n_done: int, n_total: int, text: str) -> None:
+        """A stage advances."""
+        line = f"  {title} {n_done}/{n_total}  {text}"
+        now = time.monotonic()
+        if self.live:
+            sys.stdout.write("\r" + line[: console.width - 1].ljust(console.width - 1))
+            sys.stdout.flush()
+            self._open_line = n_done < n_total
+            if not self._open_line:
+                sys.stdout.write("\n")
+        elif n_done == n_total or now - self._last >= self.seconds_between_lines:
+            print_line(line)
+            self._last = now
+
+    def _close_line(self) -> None:
+        if self._open_line:
+            sys.stdout.write("\n")
+            self._open_line = False

@@ -1,0 +1,48 @@
+"""`tribute import`: read evaluations of the published layout into a store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from tribute.cli.arguments import Arguments, parse
+from tribute.cli.console import print_line
+from tribute.config import DataConfig
+from tribute.data.sources import load_training_data
+from tribute.store.interchange import import_jsonl
+from tribute.store.records import Store
+
+
+class ImportArguments(Arguments):
+    """Flags of `tribute import`."""
+
+    db: str = Field(description="Store: a file, or a SQLAlchemy URL.")
+    file: Path = Field(description="JSONL file in the published layout.")
+    exp_name: str = Field("imported", description="Study for lines that Tribute did not write.")
+    dataset: str | None = Field(
+        None, description="The lines hold example indices of this dataset; None: contributor indices."
+    )
+    contributors: str = Field("class", description="With --dataset: how it is divided.")
+    data_dir: Path | None = Field(None, description="With --dataset: where it is.")
+    max_examples: int | None = Field(None, gt=0, description="With --dataset: only the first rows.")
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse the flags, read the file, print how many evaluations are new."""
+    arguments = parse(ImportArguments, argv, prog="tribute import", description="Read the published layout.")
+    table = None
+    if arguments.dataset is not None:
+        source = {name: getattr(arguments, name) for name in DataConfig.model_fields}
+        table = load_training_data(**source).contributors
+    with Store.open(arguments.db) as store:
+        n_new = import_jsonl(
+            store,
+            arguments.file,
+            dataset=arguments.dataset,
+            contributor_names=None if table is None else table.names,
+            contributor_of_example=None if table is None else table.contributor_of_example,
+            study_name=arguments.exp_name,
+        )
+    print_line(f"{n_new:,} new evaluations in {arguments.db}")

@@ -1,0 +1,280 @@
+"""`lds.py`, `tribute lds`: attributions from a store, and their proof on retrained models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from tribute.cli.arguments import Arguments, RemovalDist, parse, print_settings
+from tribute.cli.console import print_line, print_table
+from tribute.errors import ConfigError, FitError, StoreError
+from tribute.games.lds import lds, lds_ceiling, lds_convergence
+from tribute.games.removal import canonical_removal_dist
+from tribute.store.interchange import PUBLISHED_BEHAVIOR_KEYS
+from tribute.store.records import EvaluationTable, Store
+from tribute.study.stages import EndPoints, fit_attributions, split_by_seed, without_tested
+from tribute.types import Attributions
+from tribute.unlearning.base import check_method
+
+_KERNEL_OF_LAW = {
+    "shapley": "shapley",
+    "datamodel": "datamodel",
+    "uniform": "banzhaf",
+    "loo": "loo",
+    "add_one_in": "add_one_in",
+}
+
+
+class LdsArguments(Arguments):
+    """Flags of `lds.py`."""
+
+    train_db: str = Field(description="Store with the fit coalitions.")
+    train_exp_name: str = Field(description="Their experiment.")
+    max_train_size: int = Field(description="Most fit coalitions to use.", gt=0)
+    dataset: str = Field("digits", description="Dataset of all experiments.")
+    removal_dist: RemovalDist = Field(
+        "shapley", description="Law of the fit coalitions; it chooses the kernel."
+    )
+    datamodel_alpha: float = Field(0.5, description="Fraction of contributors in the test coalitions.")
+    method: str = Field("gd", description="How the fit models were obtained.")
+    model_behavior_key: str = Field(
+        "fid_value", description="Behavior: is, fid_value, precision, entropy, ..."
+    )
+    test_db: str | None = Field(None, description="Store with the test coalitions; None: --train_db.")
+    test_exp_name: str | None = Field(None, description="Their experiment; None: no LDS, attributions only.")
+    num_test_subset: int = Field(32, gt=0, description="Most test coalitions to use.")
+    full_db: str | None = Field(None, description="Store with v(grand); None: --train_db.")
+    full_exp_name: str | None = Field(None, description="Its experiment; None: --train_exp_name.")
+    null_db: str | None = Field(None, description="Store with v(empty); None: --train_db.")
+    null_exp_name: str | None = Field(None, description="Its experiment; None: --train_exp_name.")
+    kernel: Literal["shapley", "datamodel", "banzhaf", "loo", "add_one_in"] | None = Field(
+        None, description="Attribution kernel; None: the one of --removal_dist."
+    )
+    estimator: Literal["least_squares", "size_adjusted"] = Field(
+        "size_adjusted", description="Of Shapley values."
+    )
+    ridge: float = Field(0.0, ge=0, description="Penalty; above 0 allows fewer coalitions than contributors.")
+    interval: Literal["analytic", "bootstrap"] = Field("analytic", description="Of the attributions.")
+    by_class: bool = Field(True, description="By contributor (the published name); the only way here.")
+    bootstrapped: bool = Field(True, description="LDS intervals by bootstrap over test coalitions (always).")
+    num_bootstrap_iters: int = Field(1000, gt=1, description="Bootstrap draws.")
+    dry_run: bool = Field(False, description="Print the resolved settings and stop.")
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse the flags, fit, score, print."""
+    arguments = parse(
+        LdsArguments, argv, prog="lds.py", description="Fit attributions and score them on retrained models."
+    )
+    check_method(arguments.method)
+    check_other_flags(arguments)
+    kernel = arguments.kernel or _KERNEL_OF_LAW[canonical_removal_dist(arguments.removal_dist) or ""]
+    behavior_name = behavior_of_key(arguments.model_behavior_key)
+    if arguments.dry_run:
+        print_settings({**arguments.model_dump(), "kernel": kernel, "model_behavior_key": behavior_name})
+        return
+    fit_table, names, sizes_of = _read_fit(arguments, behavior_name)
+    end_points = read_end_points(arguments, behavior_name)
+    test_masks, test_behaviors = read_test(arguments, behavior_name)
+    masks, behaviors, n_dropped = fit_table.masks, fit_table.behaviors, 0
+    if test_masks is not None:
+        masks, behaviors, n_dropped = without_tested(masks, behaviors, test_masks)
+    masks, behaviors = masks[: arguments.max_train_size], behaviors[: arguments.max_train_size]
+    fit = partial(
+        fit_attributions,
+        end_points=end_points,
+        kernel=kernel,
+        contributor_names=names,
+        ridge=arguments.ridge,
+        interval=arguments.interval,
+        **({"estimator": arguments.estimator} if kernel == "shapley" else {}),
+    )
+    if n_dropped:
+        print_line(f"{n_dropped} fit coalitions are test coalitions, too, and were left out of the fit")
+    if test_masks is not None:
+        _print_convergence(arguments, fit, masks, behaviors, test_masks, test_behaviors)
+    attributions = fit(masks, behaviors)
+    _print_attributions(arguments, behavior_name, fit_table, attributions, names, sizes_of)
+
+
+def check_other_flags(arguments: LdsArguments) -> None:
+    """Flags whose other value would mean something that this version does not do."""
+    if not arguments.by_class:
+        raise ConfigError(
+            "--no-by_class: coalitions are of contributors here; leave the flag out or use --by_class"
+        )
+    if canonical_removal_dist(arguments.removal_dist) not in _KERNEL_OF_LAW:
+        raise ConfigError(
+            f"--removal_dist: expected a law of fit coalitions ({', '.join(_KERNEL_OF_LAW)}); "
+            f"found {arguments.removal_dist}"
+        )
+
+
+def behavior_of_key(key: str) -> str:
+    """Our name of a published behavior key; other names stay as they are."""
+    for name, published in PUBLISHED_BEHAVIOR_KEYS.items():
+        if key == published:
+            return name
+    return key
+
+
+def _read(
+    db: str, behavior_name: str, flag: str, remedy: str, **filters: Any
+) -> tuple[EvaluationTable, Store]:
+    """Evaluations that match, or an error that says what the store holds instead."""
+    store = Store.open(db, create=False)
+    try:
+        table = store.read(behavior_name=behavior_name, **filters)
+        if not len(table):
+            wanted = ", ".join(f"{name} {value}" for name, value in filters.items() if value is not None)
+            raise StoreError(
+                f"{flag}: no finished evaluation of {behavior_name} with {wanted} in {db}. {remedy} {table.describe()}"
+            )
+    except BaseException:
+        store.close()
+        raise
+    return table, store
+
+
+def _read_fit(arguments: LdsArguments, behavior_name: str) -> tuple[EvaluationTable, list[str], list[int]]:
+    """Fit evaluations with the names and sizes of the contributors."""
+    table, store = _read(
+        arguments.train_db,
+        behavior_name,
+        "--train_db",
+        "Measure coalitions with unlearn.py first.",
+        dataset=arguments.dataset,
+        exp_name=arguments.train_exp_name,
+        method=arguments.method,
+        removal_dist=canonical_removal_dist(arguments.removal_dist),
+    )
+    with store:
+        contributors = store.contributors(table.study_id) if table.study_id is not None else []
+    return table, [item.name for item in contributors], [item.n_examples for item in contributors]
+
+
+def read_end_points(arguments: LdsArguments, behavior_name: str) -> EndPoints:
+    """v(empty) and v(grand), every measurement of them."""
+    values = []
+    for flag, db, exp_name, removal_dist in (
+        ("--null_db", arguments.null_db, arguments.null_exp_name, "empty"),
+        ("--full_db", arguments.full_db, arguments.full_exp_name, None),
+    ):
+        exp_name = exp_name or arguments.train_exp_name
+        table, store = _read(
+            db or arguments.train_db,
+            behavior_name,
+            flag,
+            f"Measure it once: unlearn.py --removal_dist {removal_dist} --exp_name {exp_name} with the other flags of "
+            "the fit coalitions.",
+            dataset=arguments.dataset,
+            exp_name=exp_name,
+            method=arguments.method,
+            removal_dist=removal_dist,
+        )
+        store.close()
+        values.append(table.behaviors)
+    return EndPoints(empty=values[0], grand=values[1])
+
+
+def read_test(arguments: LdsArguments, behavior_name: str) -> tuple[Any, Any]:
+    """Retrained test coalitions: masks, and behaviors by training seed; None without an experiment."""
+    if arguments.test_exp_name is None:
+        return None, None
+    table, store = _read(
+        arguments.test_db or arguments.train_db,
+        behavior_name,
+        "--test_db",
+        "Retrain test coalitions with main.py --removal_dist datamodel and measure them with unlearn.py "
+        "--method retrain first.",
+        dataset=arguments.dataset,
+        exp_name=arguments.test_exp_name,
+        method="retrain",
+        removal_dist="datamodel",
+        datamodel_alpha=arguments.datamodel_alpha,
+    )
+    store.close()
+    masks, behaviors = split_by_seed(table.masks, table.behaviors, table.opt_seeds)
+    return masks[: arguments.num_test_subset], behaviors[:, : arguments.num_test_subset]
+
+
+def fit_sizes(n_contributors: int, n_available: int, max_train_size: int) -> list[int]:
+    """Numbers of fit coalitions to report, as published: n, then tens (fifties above 100), and the last."""
+    step = 50 if max_train_size > 100 else 10
+    most = min(n_available, max_train_size)
+    sizes = {n_contributors, *range(step, most + 1, step), most}
+    return sorted(size for size in sizes if 0 < size <= most)
+
+
+def _print_convergence(
+    arguments: LdsArguments, fit: Any, masks: Any, behaviors: Any, test_masks: Any, test_behaviors: Any
+) -> None:
+    """LDS against the number of fit coalitions, and the ceiling."""
+    if len(test_masks) < 3:
+        raise FitError(
+            f"--test_exp_name: the LDS ranks test coalitions; expected at least 3, found {len(test_masks)}. "
+            "Retrain and measure more of them"
+        )
+    rows = []
+    for at in lds_convergence(
+        masks,
+        behaviors,
+        test_masks,
+        test_behaviors,
+        sizes=fit_sizes(masks.shape[1], len(masks), arguments.max_train_size),
+        fit=fit,
+        n_bootstrap=arguments.num_bootstrap_iters,
+    ):
+        if at.result is None:
+            rows.append([str(at.n_fit), "-", "-", f"cannot be fitted: {at.missing_reason[:60]}"])
+            continue
+        score = at.result
+        per_seed = " ".join(f"{100 * value:.1f}" for value in score.per_seed)
+        low, high = 100 * score.interval
+        rows.append([str(at.n_fit), f"{100 * score.mean:.1f}", f"{low:.1f} to {high:.1f}", per_seed])
+    note = f"{len(test_masks)} test coalitions, {len(test_behaviors)} training seeds; bootstrap over test coalitions"
+    print_table(
+        f"LDS x 100 of {arguments.model_behavior_key} against the number of fit coalitions",
+        ["fit coalitions", "LDS", "95 % interval", "per training seed"],
+        rows,
+        note=note,
+    )
+    if len(test_behaviors) > 1:
+        ceiling = lds_ceiling(test_behaviors, n_bootstrap=arguments.num_bootstrap_iters)
+        low, high = 100 * ceiling.interval
+        print_line(
+            f"ceiling, retrainings with other seeds as the prediction: {100 * ceiling.value:.1f} ({low:.1f} to {high:.1f})"
+        )
+
+
+def _print_attributions(
+    arguments: LdsArguments,
+    behavior_name: str,
+    table: EvaluationTable,
+    attributions: Attributions,
+    names: list[str],
+    n_examples: list[int],
+) -> None:
+    """Attributions by contributor name, the best first."""
+    higher = bool((table.definition or {}).get("higher_is_better", True))
+    order = np.argsort(-attributions.values * (1 if higher else -1), kind="stable")
+    intervals = attributions.intervals()
+    rows = [
+        [
+            names[i],
+            f"{n_examples[i]:,}",
+            f"{attributions.values[i]:+.4f}",
+            f"{intervals[i, 0]:+.4f} to {intervals[i, 1]:+.4f}",
+        ]
+        for i in order
+    ]
+    print_table(
+        f"{behavior_name}: {attributions.kernel} ({attributions.estimator}), {attributions.n_coalitions} coalitions",
+        ["contributor", "examples", "attribution", "95 % interval"],
+        rows,
+        note=f"{'higher' if higher else 'lower'} is better; {attributions.interval} intervals",
+    )

@@ -1,0 +1,105 @@
+"""`tribute run STUDY.yaml`: a whole study, continued wherever it stopped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from pydantic import Field
+
+from tribute.cli.arguments import Arguments, parse, print_settings
+from tribute.cli.console import StudyReport, print_line, print_table
+from tribute.config import StudyConfig
+from tribute.study.outputs import credit_order, direction, shares, write_outputs
+from tribute.study.run import BehaviorResult, StudyResult, run_study
+
+
+class RunArguments(Arguments):
+    """Flags of `tribute run`."""
+
+    study: Annotated[Path, tyro.conf.Positional] = Field(description="The study's settings, a YAML file.")
+    outdir: Path | None = Field(None, description="Folder of run folders; None: the study's.")
+    n_threads: int | None = Field(None, gt=0, description="CPU threads; None: the study's.")
+    dry_run: bool = Field(False, description="Print the resolved settings and stop.")
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse the flags, run the study, print tables, write files."""
+    arguments = parse(RunArguments, argv, prog="tribute run", description="Run a whole study.")
+    config = StudyConfig.from_yaml(arguments.study)
+    changes = {name: getattr(arguments, name) for name in ("outdir", "n_threads")}
+    config = config.replace(**{name: value for name, value in changes.items() if value is not None})
+    if arguments.dry_run:
+        print_settings({"study": config, "preset": config.load_preset()})
+        return
+    result = run_study(config, StudyReport())
+    for item in result.behaviors:
+        print_behavior(item, result)
+    print_timings(result)
+    for path in write_outputs(result):
+        print_line(f"wrote {path}")
+
+
+def print_behavior(item: BehaviorResult, result: StudyResult) -> None:
+    """The contributors ranked by credit for one behavior, and the proof."""
+    fitted = item.attributions["shapley"]
+    intervals, share = fitted.intervals(), shares(fitted)
+    rows = [
+        [
+            result.contributor_names[i],
+            f"{result.n_examples[i]:,}",
+            f"{fitted.values[i]:+.4f}",
+            f"{intervals[i, 0]:+.4f} to {intervals[i, 1]:+.4f}",
+            "-" if math.isnan(share[i]) else f"{share[i]:.1%}",
+        ]
+        for i in credit_order(item)
+    ]
+    better = "higher" if direction(item) > 0 else "lower"
+    low, high = float(item.end_points.empty.mean()), float(item.end_points.grand.mean())
+    print_table(
+        f"{item.name} ({better} is better): Shapley values, {fitted.estimator}, {fitted.n_coalitions} coalitions",
+        ["contributor", "examples", "attribution", "95 % interval", "share"],
+        rows,
+        note=f"v(nobody) = {low:.3f}, v(everyone) = {high:.3f}; shares are of their difference",
+    )
+    if item.validations:
+        print_table(
+            f"{item.name}: LDS x 100 on {len(item.test_behaviors[0])} retrained test coalitions, "
+            f"{len(item.test_behaviors)} training seeds",
+            ["attribution", "coalitions", "LDS", "95 % interval", "on the seeds' mean"],
+            [lds_row(name, item) for name in item.validations],
+        )
+        ceiling = item.validations["shapley"].ceiling if "shapley" in item.validations else None
+        if ceiling is not None:
+            print_line(
+                f"  ceiling: one retraining predicts another with {100 * ceiling.value:.1f} "
+                f"({100 * ceiling.interval[0]:.1f} to {100 * ceiling.interval[1]:.1f})"
+            )
+    for name, reason in item.unfitted.items():
+        print_line(f"  {name} was not fitted: {reason}")
+
+
+def lds_row(name: str, item: BehaviorResult) -> list[str]:
+    """LDS of one attribution as table cells."""
+    score = item.validations[name].score
+    low, high = 100 * score.interval
+    n_coalitions = item.attributions[name].n_coalitions
+    averaged = f"{100 * score.averaged:.1f}"
+    return [name, str(n_coalitions), f"{100 * score.mean:.1f}", f"{low:.1f} to {high:.1f}", averaged]
+
+
+def print_timings(result: StudyResult) -> None:
+    """Median seconds per coalition."""
+    titles = {"gd": "sparsified fine-tuning", "retrain": "retraining"}
+    print_table(
+        "Median seconds per coalition",
+        ["", "coalitions", "train", "sample", "measure", "total"],
+        [
+            [titles.get(method, method), f"{int(item['n_evaluations'])}"]
+            + [f"{item.get(key, math.nan):.2f}" for key in ("train", "sample", "measure", "total")]
+            for method, item in result.timings.items()
+        ],
+    )

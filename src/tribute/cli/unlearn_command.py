@@ -1,0 +1,251 @@
+"""`unlearn.py`, `tribute unlearn`: a coalition's model and its behavior, recorded in a store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from tribute.cli.arguments import (
+    DataArguments,
+    Pruner,
+    PublishedTrainingArguments,
+    RemovalArguments,
+    parse,
+    print_settings,
+)
+from tribute.cli.console import print_line, print_table
+from tribute.cli.train_command import training_preset
+from tribute.config import SampleConfig
+from tribute.errors import ConfigError, MixedResultsError, NotImplementedYet, StoreError
+from tribute.games.removal import draw_coalition
+from tribute.models.checkpoint import Checkpoint, load_checkpoint
+from tribute.study.layout import dataset_name, models_dir, removal_name
+from tribute.unlearning.base import check_method
+
+
+class UnlearnArguments(DataArguments, RemovalArguments, PublishedTrainingArguments):
+    """Flags of `unlearn.py`."""
+
+    load: Path = Field(
+        description="Checkpoint: the sparse (or full) model for gd, the coalition's own model for retrain."
+    )
+    db: str = Field(description="Store: a file, or a SQLAlchemy URL.")
+    exp_name: str = Field(description="Name under which the result is recorded.")
+    method: str = Field(description="gd or retrain; ga, lora and iu are not in this version.")
+    model_behavior: str = Field(
+        "global",
+        description="global, or a list such as fid,is,my_module:my_function:lower; local is to come.",
+    )
+    gd_steps: int | None = Field(None, ge=0, description="Updates of --method gd; None: the preset's.")
+    batch_size: int | None = Field(None, gt=0, description="Examples per update; None: the preset's.")
+    lr: float | None = Field(None, gt=0, description="Learning rate of --method gd; None: the preset's.")
+    ga_ratio: float = Field(1.0, description="For --method ga.")
+    iu_ratio: float = Field(1.0, description="For --method iu.")
+    lora_rank: int = Field(16, description="For --method lora.")
+    lora_dropout: float = Field(0.05, description="For --method lora.")
+    pruning_ratio: float | None = Field(None, description="Checked against the sparse model at --load.")
+    pruner: Pruner | None = Field(None, description="Checked against the sparse model at --load.")
+    thr: float | None = Field(None, description="Checked against the sparse model at --load.")
+    n_samples: int | None = Field(None, gt=0, description="Generated images; None: the preset's.")
+    num_inference_steps: int | None = Field(None, gt=0, description="Sampling steps; None: the preset's.")
+    sampler: Literal["ddim", "dpm-solver++"] | None = Field(None, description="None: the preset's.")
+    sample_batch_size: int | None = Field(None, gt=0, description="Never changes a result.")
+    use_ema: bool = Field(True, description="Measure the moving average of the weights.")
+    n_local_samples: int = Field(100, gt=0, description="For --model_behavior local.")
+    n_noises: int = Field(50, gt=0, description="For --model_behavior local.")
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse the flags, measure the coalition, record and print the behaviors."""
+    arguments = parse(
+        UnlearnArguments, argv, prog="unlearn.py", description="Measure the behaviors of a coalition's model."
+    )
+    check_method(arguments.method)
+    arguments.refuse_what_is_missing()
+    behaviors = behavior_list(arguments.model_behavior)
+    checkpoint = load_checkpoint(arguments.load)
+    check_pruning_flags(arguments, checkpoint)
+    source = arguments.source(checkpoint.meta.get("source"))
+    preset = training_preset(arguments, source.dataset, checkpoint)
+    sampling = sample_settings(arguments, preset.sampling)
+    train = None
+    if arguments.method == "gd":
+        train = preset.train_config(
+            "gd",
+            n_steps=arguments.gd_steps,
+            batch_size=arguments.batch_size,
+            lr=arguments.lr,
+            gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+            mixed_precision=arguments.mixed_precision,
+            opt_seed=arguments.opt_seed,
+        )
+    if arguments.dry_run:
+        print_settings(
+            {
+                "source": source,
+                "load": checkpoint.path,
+                "method": arguments.method,
+                "train": train,
+                "sampling": sampling,
+                "behaviors": behaviors,
+                "removal": arguments.removal(),
+                "db": arguments.db,
+                "exp_name": arguments.exp_name,
+            }
+        )
+        return
+
+    from tribute.store.records import EvaluationSpec, Store
+    from tribute.study.executors import SerialExecutor
+    from tribute.study.provenance import provenance
+    from tribute.study.stages import Saving, check_same_data, checkpoint_policy
+    from tribute.study.worker import Worker
+
+    with Store.open(arguments.db) as store:
+        worker = Worker(
+            source,
+            preset,
+            behaviors=behaviors,
+            mixed_precision=train.mixed_precision if train else "no",
+            device=arguments.device,
+            n_threads=arguments.n_threads,
+        )
+        check_same_data(checkpoint, worker)
+        contributors = worker.data.contributors
+        removal = arguments.removal()
+        mask = draw_coalition(
+            removal["removal_dist"],
+            contributors.n_contributors,
+            arguments.removal_seed,
+            datamodel_alpha=arguments.datamodel_alpha,
+        )
+        opt_seed = arguments.opt_seed
+        if train is None:
+            method = worker.as_is(checkpoint, use_ema=arguments.use_ema)
+            if mask.any():
+                opt_seed = int(checkpoint.meta.get("train", {}).get("opt_seed", opt_seed))
+        else:
+            policy = None
+            if arguments.keep_all_ckpts and mask.any():
+                name = removal_name(
+                    removal["removal_dist"], arguments.datamodel_alpha, arguments.removal_seed
+                )
+                folder = models_dir(
+                    arguments.outdir, dataset_name(source.dataset, source.contributors), "gd", name
+                )
+                policy = checkpoint_policy(
+                    worker,
+                    Saving(folder, preset.ckpt_freq.get("gd", 1000), keep_all=True),
+                    method="gd",
+                    coalition_mask=mask,
+                    start=checkpoint,
+                    removal=removal,
+                )
+            method = worker.fine_tuning(checkpoint, train, use_ema=arguments.use_ema, checkpoints=policy)
+        value_function = worker.value_function(method, sampling)
+        study_id = store.open_study(
+            arguments.exp_name,
+            dataset=source.dataset,
+            contributor_names=contributors.names,
+            n_examples=[int(n) for n in contributors.n_examples],
+            fingerprint=worker.data.fingerprint,
+        )
+        spec = EvaluationSpec(
+            exp_name=arguments.exp_name,
+            dataset=source.dataset,
+            method=arguments.method,
+            coalition_mask=mask,
+            opt_seed=opt_seed,
+            settings=worker.settings(
+                sampling, train=train, start=checkpoint.model_hash, use_ema=arguments.use_ema
+            ),
+            **removal,
+        )
+        evaluation_ids = store.add(study_id, [spec])
+        store.retry(study_id, evaluation_ids=evaluation_ids)
+        executor = SerialExecutor(
+            lambda claimed: value_function(
+                np.array(claimed.spec.coalition_mask), opt_seed=claimed.spec.opt_seed
+            ),
+            definitions=worker.behavior_definitions(),
+            provenance=provenance(str(worker.trainer.device)),
+            evaluation_ids=evaluation_ids,
+            max_attempts=1,
+        )
+        n_done = executor.run(store, study_id, on_done=lambda claimed, evaluation: None)
+        (record,) = store.find(study_id, evaluation_ids=evaluation_ids)
+        if record.status != "finished":
+            raise StoreError(
+                f"the evaluation was not finished: it is {record.status}"
+                + (f" ({record.error})" if record.error else f", claimed by {record.owner}")
+            )
+        present = [name for name, is_in in zip(contributors.names, mask, strict=True) if is_in]
+        print_line(f"{len(present)} of {len(mask)} contributors: {', '.join(present) or 'nobody'}")
+        print_table(
+            f"{arguments.exp_name}: behaviors of {sampling.n_samples:,} images",
+            ["behavior", "value"],
+            [[name, f"{value:.4f}"] for name, value in record.behaviors.items()],
+        )
+        seconds = ", ".join(f"{name} {value:.1f} s" for name, value in record.seconds.items())
+        print_line(f"{'recorded' if n_done else 'was recorded before'} in {arguments.db} ({seconds})")
+
+
+def behavior_list(model_behavior: str) -> list[str]:
+    """Names of the behaviors that `--model_behavior` means."""
+    from tribute.behaviors.base import GLOBAL_BEHAVIORS
+
+    if model_behavior == "global":
+        return list(GLOBAL_BEHAVIORS)
+    if model_behavior == "local":
+        raise NotImplementedYet(
+            "--model_behavior local (mse, ssim, diffusion_loss of single images) is not part of this version; "
+            "use global or a list of behaviors"
+        )
+    return [name.strip() for name in model_behavior.split(",") if name.strip()]
+
+
+def sample_settings(arguments: UnlearnArguments, base: SampleConfig) -> SampleConfig:
+    """The preset's sampling with the flags applied."""
+    flags = {
+        "n_samples": arguments.n_samples,
+        "num_inference_steps": arguments.num_inference_steps,
+        "sampler": arguments.sampler,
+        "batch_size": arguments.sample_batch_size,
+    }
+    return base.replace(**{key: value for key, value in flags.items() if value is not None})
+
+
+def check_pruning_flags(arguments: UnlearnArguments, checkpoint: Checkpoint) -> None:
+    """Pruning flags describe the model at `--load`; a contradiction is an error.
+
+    For `--method retrain` the model is measured as it is, so they do not matter.
+    """
+    if arguments.pruning_ratio is not None and not 0 <= arguments.pruning_ratio < 1:
+        raise ConfigError(
+            "--pruning_ratio: expected the fraction of channels removed, at least 0 and below 1; "
+            f"found {arguments.pruning_ratio}"
+        )
+    if arguments.method != "gd":
+        return
+    asked = {name: getattr(arguments, name) for name in ("pruning_ratio", "pruner", "thr")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if not asked:
+        return
+    if checkpoint.pruning is None:
+        raise MixedResultsError(
+            f"--load: {checkpoint.path} is not pruned, but {', '.join('--' + name for name in asked)} "
+            "ask for a sparse model. Load what main.py --method prune_fine_tune wrote, or leave these flags out to "
+            "fine-tune the full model"
+        )
+    saved = checkpoint.pruning["settings"]
+    wrong = [
+        f"--{name}: saved {saved[name]}, asked {value}"
+        for name, value in asked.items()
+        if saved[name] != value
+    ]
+    if wrong:
+        raise MixedResultsError(f"--load: {checkpoint.path} was pruned by other settings: {'; '.join(wrong)}")

@@ -1,0 +1,244 @@
+"""What a study leaves in its run folder for people and programs: a table, a summary, two plots."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tribute.errors import StoreError
+from tribute.files import write_whole
+from tribute.games.lds import LDSCeiling, LDSResult
+from tribute.study.provenance import provenance
+from tribute.study.run import BehaviorResult, StudyResult
+from tribute.types import Attributions
+
+_INK, _MUTED, _ACCENT, _GRID = "#1f2430", "#6b7280", "#2563a8", "#e5e7eb"
+
+
+def credit_order(result: BehaviorResult) -> npt.NDArray[np.int64]:
+    """Contributors from the one that improves the behavior most to the one that improves it least."""
+    values = result.attributions["shapley"].values
+    return np.argsort(-values * direction(result), kind="stable")
+
+
+def direction(result: BehaviorResult) -> int:
+    """1 where a higher behavior is better, -1 where a lower one is."""
+    return 1 if result.definition.get("higher_is_better", True) else -1
+
+
+def shares(attributions: Attributions) -> npt.NDArray[np.float64]:
+    """Attributions as fractions of v(grand) - v(empty); NaN where that difference is 0."""
+    total = attributions.values.sum()
+    if math.isclose(total, 0.0, abs_tol=1e-12):
+        return np.full(attributions.n_contributors, np.nan)
+    return attributions.values / total
+
+
+def write_outputs(result: StudyResult) -> list[Path]:
+    """Write `attributions.csv`, `summary.json`, `attributions.png` and `lds.png`; returns their paths."""
+    folder = result.config.run_dir
+    files: dict[Path, str | bytes] = {
+        folder / "attributions.csv": attributions_csv(result),
+        folder / "summary.json": json.dumps(summary(result), indent=1, allow_nan=False),
+        folder / "attributions.png": _plot_attributions(result),
+    }
+    if any(item.validations for item in result.behaviors):
+        files[folder / "lds.png"] = _plot_lds(result)
+    try:
+        for path, content in files.items():
+            write_whole(path, content)
+    except OSError as error:
+        raise StoreError(
+            f"the results could not be written to {folder} ({error}); they are safe in the store: "
+            "make room and run the same command again"
+        ) from error
+    return list(files)
+
+
+def attributions_csv(result: StudyResult) -> str:
+    """One row per behavior, attribution kernel and contributor."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["behavior", "kernel", "estimator", "contributor", "n_examples", "attribution", "standard_error"]
+        + ["low_95", "high_95", "share"]
+    )
+    for item in result.behaviors:
+        for kernel, fitted in item.attributions.items():
+            intervals, share = fitted.intervals(), shares(fitted)
+            for i, name in enumerate(result.contributor_names):
+                numbers = [fitted.values[i], fitted.standard_errors[i], *intervals[i], share[i]]
+                texts = ["" if not math.isfinite(x) else f"{x:.8g}" for x in numbers]
+                writer.writerow(
+                    [item.name, kernel, fitted.estimator, _plain(name), result.n_examples[i], *texts]
+                )
+    return text.getvalue()
+
+
+def _plain(name: str) -> str:
+    """A contributor's name that no spreadsheet takes for a formula."""
+    return f"'{name}" if name[:1] in ("=", "+", "-", "@", "\t", "\r") else name
+
+
+def summary(result: StudyResult) -> dict[str, Any]:
+    """The study as plain JSON: settings, attributions, LDS, timings, provenance. NaN becomes null."""
+    behaviors = {}
+    for item in result.behaviors:
+        behaviors[item.name] = {
+            **item.definition,
+            "v_empty": item.end_points.empty.tolist(),
+            "v_grand": item.end_points.grand.tolist(),
+            "n_fit_coalitions": len(item.fit_behaviors),
+            "n_test_coalitions": 0 if item.test_masks is None else len(item.test_masks),
+            "attributions": {
+                kernel: _attributions_json(fitted) for kernel, fitted in item.attributions.items()
+            },
+            "not_fitted": item.unfitted,
+            "lds": {
+                kernel: _lds_json(validation.score, validation.ceiling)
+                for kernel, validation in item.validations.items()
+            },
+        }
+    return _without_nan(
+        {
+            "name": result.config.name,
+            "config": result.config.model_dump(mode="json"),
+            "config_fingerprint": result.config.fingerprint(),
+            "contributors": [
+                {"name": name, "n_examples": n}
+                for name, n in zip(result.contributor_names, result.n_examples, strict=True)
+            ],
+            "behaviors": behaviors,
+            "classifier_held_out_accuracy": result.classifier_accuracy,
+            "models": result.models,
+            "median_seconds_per_coalition": result.timings,
+            "provenance": provenance("cpu"),
+        }
+    )
+
+
+def _attributions_json(fitted: Attributions) -> dict[str, Any]:
+    return {
+        "estimator": fitted.estimator,
+        "interval": fitted.interval,
+        "n_coalitions": fitted.n_coalitions,
+        "rank": fitted.rank,
+        "values": fitted.values.tolist(),
+        "standard_errors": fitted.standard_errors.tolist(),
+        "intervals_95": fitted.intervals().tolist(),
+        "shares": shares(fitted).tolist(),
+    }
+
+
+def _lds_json(score: LDSResult, ceiling: LDSCeiling | None) -> dict[str, Any]:
+    return {
+        "mean": score.mean,
+        "interval_95": score.interval.tolist(),
+        "per_seed": score.per_seed.tolist(),
+        "averaged": score.averaged,
+        "averaged_interval_95": score.averaged_interval.tolist(),
+        "n_test": score.n_test,
+        "ceiling": None if ceiling is None else ceiling.value,
+        "ceiling_interval_95": None if ceiling is None else ceiling.interval.tolist(),
+        "undefined_reason": score.undefined_reason,
+    }
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: it becomes null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _figure(n_rows: int, n_columns: int, width: float, height: float) -> tuple[Any, Any]:
+    """A figure without a display, in the project's plain style."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(n_rows, n_columns, squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color(_MUTED)
+        axis.tick_params(colors=_INK, labelsize=9)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150, format="png")
+    return buffer.getvalue()
+
+
+def _label(name: str, at_most: int = 28) -> str:
+    """A contributor's name as plain text of bounded length; `$` would start a formula."""
+    shortened = name if len(name) <= at_most else name[: at_most - 1] + "\u2026"
+    return shortened.replace("$", r"\$") or "(no name)"
+
+
+def _plot_attributions(result: StudyResult) -> bytes:
+    """Attributions with 95 % intervals, the best contributor at the top, one panel per behavior."""
+    n_contributors = len(result.contributor_names)
+    n_panels = len(result.behaviors)
+    figure, axes = _figure(1, n_panels, 1.2 + 4.6 * n_panels, 1.4 + 0.3 * n_contributors)
+    for axis, item in zip(axes[0], result.behaviors, strict=True):
+        fitted = item.attributions["shapley"]
+        order = credit_order(item)[::-1]
+        rows = np.arange(n_contributors)
+        half_width = (fitted.intervals()[:, 1] - fitted.values)[order]
+        helps = fitted.values[order] * direction(item) > 0
+        for mask, color in ((helps, _ACCENT), (~helps, "#b4472e")):
+            axis.errorbar(
+                fitted.values[order][mask],
+                rows[mask],
+                xerr=np.nan_to_num(half_width[mask]),
+                fmt="o",
+                color=color,
+                markersize=5,
+                capsize=2.5,
+                linewidth=1.4,
+            )
+        axis.axvline(0, color=_MUTED, linewidth=0.8)
+        axis.set_yticks(rows, [_label(result.contributor_names[i]) for i in order])
+        axis.grid(axis="x", color=_GRID, linewidth=0.8)
+        better = "higher is better" if direction(item) > 0 else "lower is better: credit is negative"
+        axis.set_xlabel(f"attribution to {item.name} ({better})", color=_INK, fontsize=9)
+        axis.set_title(f"{item.name}: Shapley value, 95 % interval", color=_INK, fontsize=10, loc="left")
+    return _png(figure)
+
+
+def _plot_lds(result: StudyResult) -> bytes:
+    """Predicted against measured behavior of the retrained test models, one panel per behavior."""
+    shown = [
+        item for item in result.behaviors if "shapley" in item.validations and item.test_masks is not None
+    ]
+    figure, axes = _figure(1, max(1, len(shown)), 1.0 + 4.4 * max(1, len(shown)), 4.4)
+    for axis, item in zip(axes[0], shown, strict=False):
+        fitted, score = item.attributions["shapley"], item.validations["shapley"].score
+        predicted = fitted.predict(item.test_masks)
+        for behaviors in item.test_behaviors:
+            axis.scatter(predicted, behaviors, s=14, color=_ACCENT, alpha=0.35, linewidths=0)
+        axis.scatter(predicted, item.test_behaviors.mean(axis=0), s=24, color=_ACCENT, linewidths=0)
+        axis.grid(color=_GRID, linewidth=0.8)
+        axis.set_xlabel(f"predicted {item.name} of the coalition", color=_INK, fontsize=9)
+        axis.set_ylabel(f"{item.name} of the retrained model", color=_INK, fontsize=9)
+        low, high = score.interval
+        axis.set_title(
+            f"{item.name}: LDS {100 * score.mean:.0f} ({100 * low:.0f} to {100 * high:.0f})",
+            color=_INK,
+            fontsize=10,
+            loc="left",
+        )
+    return _png(figure)

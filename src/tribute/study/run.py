@@ -1,0 +1,526 @@
+"""A whole study in one warm process, through the store, continued wherever it stopped."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from tribute.config import Preset, StudyConfig, StudyModelConfig, TrainConfig
+from tribute.diffusion.train import Progress
+from tribute.errors import FitError, MixedResultsError, StoreError
+from tribute.files import write_whole
+from tribute.games.coalitions import empty_coalition, grand_coalition, mask_from_idx
+from tribute.games.removal import draw_coalition
+from tribute.models.checkpoint import Checkpoint
+from tribute.store.records import ClaimedEvaluation, EvaluationSpec, EvaluationTable, Store
+from tribute.study.executors import SerialExecutor
+from tribute.study.layout import models_dir, pruning_name
+from tribute.study.provenance import provenance
+from tribute.study.stages import (
+    EndPoints,
+    Saving,
+    Validation,
+    fit_attributions,
+    prune_model,
+    split_by_seed,
+    train_model,
+    validate,
+    without_tested,
+)
+from tribute.study.value_function import Evaluation, ValueFunction
+from tribute.study.worker import Worker
+from tribute.types import Attributions, Behaviors, CoalitionMasks
+
+logger = logging.getLogger(__name__)
+
+_MAY_CHANGE = {
+    "outdir",
+    "n_threads",
+    "estimator",
+    "fit.n_coalitions",
+    "fit.leave_one_out",
+    "fit.n_end_points",
+} | {
+    "test.n_coalitions",
+    "test.opt_seeds",
+}
+"""Settings under which a study can be continued: they add evaluations or change only how results are read."""
+
+
+class Listener(Protocol):
+    """What a study reports while it runs."""
+
+    def stage(self, title: str) -> None:
+        """A stage begins."""
+        ...
+
+    def message(self, text: str) -> None:
+        """A fact worth a line."""
+        ...
+
+    def progress(self, title: str, n_done: int, n_total: int, text: str) -> None:
+        """A stage advances; `text` says what was just done."""
+        ...
+
+
+@dataclass(frozen=True)
+class BehaviorResult:
+    """What a study says about one behavior.
+
+    Attributes:
+        name: Of the behavior.
+        definition: Unit, direction, variant.
+        end_points: v(empty) and v(grand).
+        attributions: By attribution kernel; `shapley` uses the study's estimator.
+        unfitted: Kernels that could not be fitted, with the reason.
+        validations: LDS by attribution kernel; empty without test coalitions.
+        fit_masks: Coalitions that were fitted to.
+        fit_behaviors: Their behaviors.
+        test_masks: Test coalitions.
+        test_behaviors: `(n_training_seeds, n_test)`.
+    """
+
+    name: str
+    definition: dict[str, Any]
+    end_points: EndPoints
+    attributions: dict[str, Attributions]
+    unfitted: dict[str, str]
+    validations: dict[str, Validation]
+    fit_masks: CoalitionMasks = field(repr=False)
+    fit_behaviors: Behaviors = field(repr=False)
+    test_masks: CoalitionMasks | None = field(default=None, repr=False)
+    test_behaviors: Any = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What a study found.
+
+    Attributes:
+        config: Its settings.
+        contributor_names: `(n_contributors,)`.
+        n_examples: `(n_contributors,)`.
+        behaviors: One result per behavior.
+        timings: Median seconds per coalition, by method: `gd`, `retrain`.
+        models: Parameters and multiply-accumulates of full and sparse model.
+        classifier_accuracy: Held-out accuracy of the feature extractor, or None.
+    """
+
+    config: StudyConfig
+    contributor_names: tuple[str, ...]
+    n_examples: tuple[int, ...]
+    behaviors: list[BehaviorResult]
+    timings: dict[str, dict[str, float]]
+    models: dict[str, Any]
+    classifier_accuracy: float | None
+
+
+def run_study(config: StudyConfig, listener: Listener) -> StudyResult:
+    """Run all stages of a study, or what is left of them.
+
+    Raises:
+        MixedResultsError: The run folder or the store holds a study with other settings.
+    """
+    claim_run_dir(config)
+    preset = config.load_preset()
+    listener.stage("Data")
+    worker = Worker(config.data, preset, behaviors=config.behaviors, n_threads=config.n_threads)
+    data, table = worker.data, worker.data.contributors
+    listener.message(f"{data.n_examples:,} images of {table.n_contributors} contributors")
+    if worker.uses_features:
+        listener.message(f"classifier: held-out accuracy {worker.extractor.held_out_accuracy:.1%}")
+    full, sparse = _train_and_prune(config, preset, worker, listener)
+    sft = train_settings(preset, config.gd, "gd", config.opt_seed)
+    retrain = train_settings(preset, config.retrained_model, "retrain", config.opt_seed)
+    sampling = preset.sampling
+    value_functions = {
+        "gd": worker.value_function(worker.fine_tuning(sparse, sft, use_ema=sampling.use_ema), sampling),
+        "retrain": worker.value_function(worker.retraining(retrain, use_ema=sampling.use_ema), sampling),
+    }
+    settings = {
+        "gd": worker.settings(sampling, train=sft, start=sparse.model_hash, use_ema=sampling.use_ema),
+        "retrain": worker.settings(
+            sampling, train=retrain, start=preset.unet.fingerprint(), use_ema=sampling.use_ema
+        ),
+    }
+    specs = list(plan_evaluations(config, table.n_contributors, settings))
+    with Store.open(config.db_url) as store:
+        study_id = store.open_study(
+            config.name,
+            dataset=config.dataset,
+            contributor_names=table.names,
+            n_examples=[int(n) for n in table.n_examples],
+            fingerprint=data.fingerprint,
+            config=config.model_dump(mode="json"),
+        )
+        evaluation_ids = store.add(study_id, specs)
+        _evaluate(config, worker, store, study_id, evaluation_ids, value_functions, listener)
+        listener.stage("Attributions and LDS")
+        results = [
+            summarise_behavior(config, store, study_id, evaluation_ids, name, table.names)
+            for name in worker.behavior_definitions()
+        ]
+        timings = median_seconds(store, study_id, evaluation_ids)
+    models = {
+        "full": {"n_steps": full.n_steps},
+        "sparse": {"n_steps": sparse.n_steps, **_pruning_summary(config, worker)},
+    }
+    return StudyResult(
+        config=config,
+        contributor_names=table.names,
+        n_examples=tuple(int(n) for n in table.n_examples),
+        behaviors=results,
+        timings=timings,
+        models=models,
+        classifier_accuracy=worker.extractor.held_out_accuracy if worker.uses_features else None,
+    )
+
+
+def claim_run_dir(config: StudyConfig) -> None:
+    """Write the resolved settings into the run folder, or compare them with those that are there."""
+    path = config.run_dir / "config.yaml"
+    if path.exists():
+        saved = _flat(StudyConfig.from_yaml(path).model_dump(mode="json"))
+        asked = _flat(config.model_dump(mode="json"))
+        differing = [key for key in asked if key not in _MAY_CHANGE and saved.get(key) != asked[key]]
+        if differing:
+            lines = "; ".join(f"{key}: saved {saved.get(key)!r}, asked {asked[key]!r}" for key in differing)
+            raise MixedResultsError(
+                f"{config.run_dir} holds a study with other settings: {lines}. "
+                "Restore them, or give the study another name to start afresh"
+            )
+    try:
+        write_whole(path, config.to_yaml())
+    except OSError as error:
+        raise StoreError(
+            f"the run folder {config.run_dir} is not writable ({error}); set another outdir"
+        ) from error
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with dotted names; a mapping of free form stays one value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and key != "sampling":
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def train_settings(preset: Preset, changes: StudyModelConfig, method: str, opt_seed: int) -> TrainConfig:
+    """Training settings of a stage: the preset's, with the study's changes."""
+    return preset.train_config(method, opt_seed=opt_seed, **changes.model_dump())
+
+
+def _train_and_prune(
+    config: StudyConfig, preset: Preset, worker: Worker, listener: Listener
+) -> tuple[Checkpoint, Checkpoint]:
+    """The full model, and the sparse model fine-tuned on everyone."""
+    everyone = grand_coalition(worker.data.contributors.n_contributors)
+
+    def saving(method: str, *parts: str) -> Saving:
+        freq = config.ckpt_freq or preset.ckpt_freq.get(method, 1000)
+        return Saving(models_dir(config.run_dir, config.dataset, method, *parts), freq)
+
+    def report(title: str) -> Any:
+        def on_log(at: Progress) -> None:
+            text = f"loss {at.loss:.4f}, {at.images_per_second:,.0f} images/s"
+            listener.progress(title, at.step, at.n_steps, text)
+
+        return on_log
+
+    listener.stage("Full model")
+    full = train_model(
+        worker,
+        train_settings(preset, config.full_model, "retrain", config.opt_seed),
+        saving("retrain", "full"),
+        method="retrain",
+        coalition_mask=everyone,
+        on_log=report("training"),
+    )
+    listener.stage("Sparse model")
+    pruned, result = prune_model(worker, full, config.prune, _pruned_dir(config))
+    summary = pruned.meta["pruning"] if result is None else result.summary()
+    parameters, macs = summary["n_parameters"], summary["n_macs"]
+    listener.message(
+        f"{config.prune.pruner} pruning: parameters {parameters['before']:,} -> {parameters['after']:,}, "
+        f"multiply-accumulates {macs['before']:,} -> {macs['after']:,}"
+    )
+    sparse = train_model(
+        worker,
+        train_settings(preset, config.sparse_model, "prune_fine_tune", config.opt_seed),
+        saving("prune_fine_tune", pruning_name(config.prune), "full"),
+        method="prune_fine_tune",
+        coalition_mask=everyone,
+        start=pruned,
+        on_log=report("fine-tuning"),
+    )
+    return full, sparse
+
+
+def _pruned_dir(config: StudyConfig) -> Path:
+    return models_dir(config.run_dir, config.dataset, "pruned", pruning_name(config.prune))
+
+
+def _pruning_summary(config: StudyConfig, worker: Worker) -> dict[str, Any]:
+    """Figures of the pruning stage, read back from its checkpoint."""
+    from tribute.models.checkpoint import load_checkpoint
+
+    return dict(load_checkpoint(_pruned_dir(config)).meta["pruning"])
+
+
+def plan_evaluations(
+    config: StudyConfig, n_contributors: int, settings: dict[str, dict[str, Any]]
+) -> Iterator[EvaluationSpec]:
+    """All evaluations of a study: end points first, then fit coalitions, then test coalitions seed by seed.
+
+    Fit and test coalitions are distinct, and no coalition is both: a draw that was seen before is passed
+    over, so seed j names the same coalition in every study of as many contributors.
+    """
+
+    def spec(method: str, role: str, mask: Any, opt_seed: int, **draw: Any) -> EvaluationSpec:
+        return EvaluationSpec(
+            exp_name=config.name,
+            dataset=config.dataset,
+            method=method,
+            removal_dist=draw.get("removal_dist"),
+            datamodel_alpha=draw.get("datamodel_alpha"),
+            removal_seed=draw.get("removal_seed"),
+            coalition_mask=mask,
+            opt_seed=opt_seed,
+            settings=settings[method],
+            role=role,
+            priority=("empty", "grand", "fit", "loo", "test").index(role),
+        )
+
+    for repeat in range(config.fit.n_end_points):
+        opt_seed = config.opt_seed + repeat
+        yield spec("gd", "empty", empty_coalition(n_contributors), opt_seed, removal_dist="empty")
+        yield spec("gd", "grand", grand_coalition(n_contributors), opt_seed)
+    test = _distinct_draws(
+        "datamodel",
+        n_contributors,
+        config.test.n_coalitions,
+        config.test.first_removal_seed,
+        config.test.datamodel_alpha,
+        seen=set(),
+    )
+    fit = _distinct_draws(
+        config.fit.removal_dist,
+        n_contributors,
+        config.fit.n_coalitions,
+        config.fit.first_removal_seed,
+        config.fit.datamodel_alpha,
+        seen={mask.tobytes() for _, mask in test},
+    )
+    for removal_seed, mask in fit:
+        alpha = config.fit.datamodel_alpha if config.fit.removal_dist == "datamodel" else None
+        yield spec(
+            "gd",
+            "fit",
+            mask,
+            config.opt_seed,
+            removal_dist=config.fit.removal_dist,
+            datamodel_alpha=alpha,
+            removal_seed=removal_seed,
+        )
+    if config.fit.leave_one_out:
+        for contributor_idx in range(n_contributors):
+            mask = ~mask_from_idx([contributor_idx], n_contributors)
+            yield spec("gd", "loo", mask, config.opt_seed, removal_dist="loo", removal_seed=contributor_idx)
+    for opt_seed in config.test.opt_seeds:
+        for removal_seed, mask in test:
+            yield spec(
+                "retrain",
+                "test",
+                mask,
+                opt_seed,
+                removal_dist="datamodel",
+                datamodel_alpha=config.test.datamodel_alpha,
+                removal_seed=removal_seed,
+            )
+
+
+def _distinct_draws(
+    removal_dist: str,
+    n_contributors: int,
+    n_coalitions: int,
+    first_seed: int,
+    alpha: float,
+    *,
+    seen: set[bytes],
+) -> list[tuple[int, Any]]:
+    """The first distinct coalitions of a removal distribution, with their seeds."""
+    draws: list[tuple[int, Any]] = []
+    seen = set(seen)
+    removal_seed = first_seed
+    while len(draws) < n_coalitions:
+        mask = draw_coalition(removal_dist, n_contributors, removal_seed, datamodel_alpha=alpha)
+        if mask.tobytes() not in seen:
+            seen.add(mask.tobytes())
+            draws.append((removal_seed, mask))
+        removal_seed += 1
+        if removal_seed - first_seed > 1000 + 100 * n_coalitions:
+            raise FitError(
+                f"{removal_dist}: expected {n_coalitions} distinct coalitions of {n_contributors} contributors, "
+                f"found only {len(draws)}; ask for fewer"
+            )
+    return draws
+
+
+def _evaluate(
+    config: StudyConfig,
+    worker: Worker,
+    store: Store,
+    study_id: int,
+    evaluation_ids: list[int],
+    value_functions: dict[str, ValueFunction],
+    listener: Listener,
+) -> None:
+    """Measure every evaluation that is still to be measured."""
+    wanted = {"evaluation_ids": evaluation_ids}
+    store.retry(study_id, **wanted)
+    n_total = len(evaluation_ids)
+    n_before = store.counts(study_id, **wanted)["finished"]
+    listener.stage("Coalitions")
+    if n_before:
+        listener.message(f"{n_before} of {n_total} evaluations are done already")
+    remaining = {
+        method: len(store.find(study_id, method=method, statuses=("pending", "running"), **wanted))
+        for method in value_functions
+    }
+    spent: dict[str, list[float]] = {method: [] for method in value_functions}
+    titles = {
+        "empty": "end points",
+        "grand": "end points",
+        "fit": "fit",
+        "loo": "leave one out",
+        "test": "test",
+    }
+
+    def evaluate(claimed: ClaimedEvaluation) -> Evaluation:
+        started = time.perf_counter()
+        spec = claimed.spec
+        evaluation = value_functions[spec.method](np.array(spec.coalition_mask), opt_seed=spec.opt_seed)
+        if spec.coalition_mask.any():
+            spent[spec.method].append(time.perf_counter() - started)
+        return evaluation
+
+    def on_done(claimed: ClaimedEvaluation, evaluation: Evaluation) -> None:
+        remaining[claimed.spec.method] -= 1
+        rates = {method: float(np.mean(values)) if values else 0.0 for method, values in spent.items()}
+        fallback = max(rates.values())
+        left = sum(count * (rates[method] or fallback) for method, count in remaining.items())
+        values = ", ".join(f"{name} {value:.3f}" for name, value in evaluation.behaviors.items())
+        title = titles[claimed.spec.role or "fit"]
+        text = f"{title}: {values}; about {_duration(left)} left"
+        listener.progress("coalitions", n_total - sum(remaining.values()), n_total, text)
+
+    executor = SerialExecutor(
+        evaluate,
+        definitions=worker.behavior_definitions(),
+        provenance=provenance(str(worker.trainer.device)),
+        evaluation_ids=evaluation_ids,
+    )
+    executor.run(store, study_id, on_done=on_done)
+    failed = store.find(study_id, statuses=("failed",), **wanted)
+    if failed:
+        listener.message(f"{len(failed)} evaluations failed, e.g. {failed[0].error}")
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as text for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def summarise_behavior(
+    config: StudyConfig,
+    store: Store,
+    study_id: int,
+    evaluation_ids: list[int],
+    behavior_name: str,
+    contributor_names: tuple[str, ...],
+) -> BehaviorResult:
+    """Attributions by every kernel and their LDS, from the store."""
+
+    def read(role: str) -> EvaluationTable:
+        return store.read(
+            behavior_name=behavior_name, study_id=study_id, role=role, evaluation_ids=evaluation_ids
+        )
+
+    empty, grand, fit, loo, test = (read(role) for role in ("empty", "grand", "fit", "loo", "test"))
+    if not (len(empty) and len(grand) and len(fit)):
+        raise FitError(
+            f"{behavior_name}: expected finished evaluations of the empty coalition, the grand coalition and fit "
+            f"coalitions; found {len(empty)}, {len(grand)} and {len(fit)}. Run the study again"
+        )
+    end_points = EndPoints(empty.behaviors, grand.behaviors)
+    test_masks, test_behaviors = None, None
+    fit_masks, fit_behaviors = fit.masks, fit.behaviors
+    if len(test):
+        test_masks, test_behaviors = split_by_seed(test.masks, test.behaviors, test.opt_seeds)
+        fit_masks, fit_behaviors, _ = without_tested(fit_masks, fit_behaviors, test_masks)
+    attributions: dict[str, Attributions] = {}
+    unfitted: dict[str, str] = {}
+    validations: dict[str, Validation] = {}
+    names = {"shapley": config.estimator, "shapley (least_squares)": "least_squares", "datamodel": None}
+    names |= {"banzhaf": None, "loo": None}
+    for name, estimator in names.items():
+        if name == "shapley (least_squares)" and config.estimator == "least_squares":
+            continue
+        kernel = name.split(" ")[0]
+        masks, behaviors = (loo.masks, loo.behaviors) if kernel == "loo" else (fit_masks, fit_behaviors)
+        if kernel == "loo" and not len(loo):
+            continue
+        try:
+            attributions[name] = fit_attributions(
+                masks,
+                behaviors,
+                end_points,
+                kernel=kernel,
+                contributor_names=contributor_names,
+                **({} if estimator is None else {"estimator": estimator}),
+            )
+            if test_masks is not None and len(test_masks) >= 3:
+                validations[name] = validate(attributions[name], test_masks, test_behaviors)
+        except FitError as error:
+            unfitted[name] = str(error)
+    if "shapley" not in attributions:
+        raise FitError(f"{behavior_name}: {unfitted['shapley']}")
+    return BehaviorResult(
+        name=behavior_name,
+        definition=dict(fit.definition or {}),
+        end_points=end_points,
+        attributions=attributions,
+        unfitted=unfitted,
+        validations=validations,
+        fit_masks=fit_masks,
+        fit_behaviors=fit_behaviors,
+        test_masks=test_masks,
+        test_behaviors=test_behaviors,
+    )
+
+
+def median_seconds(store: Store, study_id: int, evaluation_ids: list[int]) -> dict[str, dict[str, float]]:
+    """Median seconds of one coalition by method and stage; the empty coalition does not count."""
+    seconds: dict[str, list[dict[str, float]]] = {}
+    for item in store.find(study_id, statuses=("finished",), evaluation_ids=evaluation_ids):
+        if item.spec.coalition_mask.any():
+            seconds.setdefault(item.spec.method, []).append(dict(item.seconds))
+    return {
+        method: {
+            "n_evaluations": len(items),
+            "total": float(np.median([sum(item.values()) for item in items])),
+            **{key: float(np.median([item.get(key, np.nan) for item in items])) for key in items[0]},
+        }
+        for method, items in seconds.items()
+    }

@@ -1,0 +1,318 @@
+"""The stages of a study, each a function that the commands and `tribute run` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tribute.config import PruneConfig, TrainConfig
+from tribute.diffusion.loss import denoising_loss
+from tribute.diffusion.sample import from_uint8
+from tribute.diffusion.train import CheckpointPolicy, Progress
+from tribute.errors import FitError, MixedResultsError
+from tribute.games.kernels import ATTRIBUTION_KERNELS
+from tribute.games.lds import LDSCeiling, LDSResult, disjoint_from, lds, lds_ceiling
+from tribute.models.build import build_unet
+from tribute.models.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
+from tribute.models.pruning import PruningResult, prune_unet
+from tribute.seeding import numpy_stream, torch_stream
+from tribute.study.provenance import provenance
+from tribute.study.worker import Worker
+from tribute.types import Attributions, Behaviors, CoalitionMask, CoalitionMasks
+from tribute.unlearning.as_is import mask_to_text
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Where and how often a training stage saves.
+
+    Attributes:
+        folder: Parent of the `ckpt_steps_*` folders.
+        ckpt_freq: Steps between checkpoints.
+        keep_all: Keep every checkpoint, not only the last.
+    """
+
+    folder: Path
+    ckpt_freq: int
+    keep_all: bool = False
+
+
+def train_model(
+    worker: Worker,
+    config: TrainConfig,
+    saving: Saving,
+    *,
+    method: str,
+    coalition_mask: CoalitionMask,
+    start: Checkpoint | None = None,
+    removal: Mapping[str, Any] | None = None,
+    on_log: Callable[[Progress], None] | None = None,
+    log_freq: int = 100,
+) -> Checkpoint:
+    """Train a model on a coalition's examples and save it; resumes what is there.
+
+    Args:
+        worker: Data and trainer.
+        config: Steps, batch, optimizer, seed.
+        saving: Where to save.
+        method: `retrain`, `prune_fine_tune` or `gd`, for the record.
+        coalition_mask: `(n_contributors,)`; whose examples to train on.
+        start: Begin with the moving average of this checkpoint; None begins with random weights.
+        removal: How the coalition was drawn, for the record.
+        on_log: Called every `log_freq` steps.
+        log_freq: Steps between reports.
+
+    Returns:
+        The last checkpoint, read back from disk.
+    """
+    if start is None:
+        model = build_unet(worker.preset.unet, opt_seed=config.opt_seed)
+    else:
+        check_same_data(start, worker)
+        model = build_model(start)
+    policy = checkpoint_policy(
+        worker, saving, method=method, coalition_mask=coalition_mask, start=start, removal=removal
+    )
+    worker.trainer.train(
+        model,
+        worker.data.contributors.examples_of(coalition_mask),
+        config,
+        checkpoints=policy,
+        on_log=on_log,
+        log_freq=log_freq,
+    )
+    return load_checkpoint(saving.folder)
+
+
+def checkpoint_policy(
+    worker: Worker,
+    saving: Saving,
+    *,
+    method: str,
+    coalition_mask: CoalitionMask,
+    start: Checkpoint | None,
+    removal: Mapping[str, Any] | None = None,
+) -> CheckpointPolicy:
+    """How a run is saved, and what must agree for it to be resumed."""
+    identity = {
+        "data": worker.data.fingerprint,
+        "method": method,
+        "coalition": mask_to_text(coalition_mask),
+        "start": "random weights" if start is None else start.model_hash,
+    }
+    meta = checkpoint_meta(worker, method=method, coalition_mask=coalition_mask, start=start)
+    return CheckpointPolicy(
+        folder=saving.folder,
+        meta=meta | {"identity": identity, "removal": dict(removal or {})},
+        ckpt_freq=saving.ckpt_freq,
+        keep_all=saving.keep_all,
+        pruning=None if start is None else start.pruning,
+    )
+
+
+def prune_model(
+    worker: Worker, full: Checkpoint, config: PruneConfig, folder: Path
+) -> tuple[Checkpoint, PruningResult | None]:
+    """Prune the moving average of a full model and save it at step 0.
+
+    Returns:
+        The pruned checkpoint, and what pruning did; None when it was there already.
+
+    Raises:
+        MixedResultsError: The folder holds a model pruned differently.
+    """
+    identity = {
+        "start": full.model_hash,
+        "prune": config.model_dump(mode="json"),
+        "data": worker.data.fingerprint,
+    }
+    if folder.is_dir() and any(folder.iterdir()):
+        found = load_checkpoint(folder)
+        if found.meta.get("identity") != identity:
+            raise MixedResultsError(
+                f"{folder} holds a model pruned from another model or by other settings: saved "
+                f"{found.meta.get('identity')}, asked {identity}. Use another --outdir"
+            )
+        return found, None
+    model = build_model(full).to(worker.trainer.device)
+    result = prune_unet(
+        model,
+        config,
+        loss_at=_pruning_loss(worker, model, config),
+        n_timesteps=worker.preset.noise_schedule.num_train_timesteps,
+    )
+    grand = np.ones(worker.data.contributors.n_contributors, dtype=np.bool_)
+    path = save_checkpoint(
+        folder,
+        n_steps=0,
+        unet=model.state_dict(),
+        ema=model.state_dict(),
+        meta=checkpoint_meta(worker, method="pruned", coalition_mask=grand, start=full)
+        | {"identity": identity, "pruning": result.summary(), "seconds_train": 0.0},
+        pruning=result.recipe,
+    )
+    return load_checkpoint(path), result
+
+
+def _pruning_loss(
+    worker: Worker, model: torch.nn.Module, config: PruneConfig
+) -> Callable[[int], torch.Tensor]:
+    """Mean loss on fixed training images and noise at one timestep."""
+    n_images = min(config.batch_size, worker.data.n_examples)
+    rows = np.sort(numpy_stream(config.seed, "pruning images").permutation(worker.data.n_examples)[:n_images])
+    clean = from_uint8(worker.data.images[rows], worker.trainer.device)
+    noise = torch.randn(clean.shape, generator=torch_stream(config.seed, "pruning noise")).to(clean.device)
+
+    def loss_at(timestep: int) -> torch.Tensor:
+        timesteps = torch.full((len(clean),), timestep, dtype=torch.long, device=clean.device)
+        return denoising_loss(model, worker.trainer.noise_schedule, clean, noise, timesteps)
+
+    return loss_at
+
+
+def checkpoint_meta(
+    worker: Worker, *, method: str, coalition_mask: CoalitionMask, start: Checkpoint | None
+) -> dict[str, Any]:
+    """What `config.json` of a checkpoint says, besides what the training loop adds."""
+    return {
+        "dataset": worker.data.dataset,
+        "source": worker.source.model_dump(mode="json"),
+        "preset": worker.preset.model_dump(mode="json"),
+        "method": method,
+        "unet": worker.preset.unet.model_dump(mode="json") if start is None else start.meta["unet"],
+        "noise_schedule": worker.preset.noise_schedule.model_dump(mode="json"),
+        "data": {"fingerprint": worker.data.fingerprint, "origin": worker.data.manifest.get("origin", {})},
+        "contributor_names": list(worker.data.contributors.names),
+        "coalition": mask_to_text(coalition_mask),
+        "start": None if start is None else {"path": start.path.name, "hash": start.model_hash},
+        "provenance": provenance(str(worker.trainer.device)),
+    }
+
+
+def check_same_data(checkpoint: Checkpoint, worker: Worker) -> None:
+    """Refuse a model that was trained on other data than the worker's.
+
+    Raises:
+        MixedResultsError: Dataset, division among contributors or number of examples differ.
+    """
+    saved = checkpoint.meta.get("data", {}).get("fingerprint")
+    if saved != worker.data.fingerprint:
+        raise MixedResultsError(
+            f"{checkpoint.path} was trained on other data: dataset {checkpoint.meta.get('dataset')!r} with "
+            f"{len(checkpoint.meta.get('contributor_names', []))} contributors (fingerprint {str(saved)[:12]}), "
+            f"asked for {worker.data.dataset!r} with {worker.data.contributors.n_contributors} "
+            f"({worker.data.fingerprint[:12]}). Give the --dataset, --contributors, --data_dir and --max_examples "
+            "of the training run"
+        )
+
+
+@dataclass(frozen=True)
+class EndPoints:
+    """v(empty) and v(grand), each measured one or more times.
+
+    Attributes:
+        empty: `(k,)` behaviors of the untrained network.
+        grand: `(k,)` behaviors of the method's own model on everyone.
+    """
+
+    empty: Behaviors
+    grand: Behaviors
+
+    def options(self) -> dict[str, float]:
+        """Means and the variances of the means, as the attribution kernels take them."""
+        return {
+            "v_empty": float(self.empty.mean()),
+            "v_grand": float(self.grand.mean()),
+            "v_empty_variance": _variance_of_mean(self.empty),
+            "v_grand_variance": _variance_of_mean(self.grand),
+        }
+
+
+def _variance_of_mean(values: Behaviors) -> float:
+    """Unknown, and so 0, with a single measurement."""
+    return float(values.var(ddof=1) / len(values)) if len(values) > 1 else 0.0
+
+
+def fit_attributions(
+    masks: CoalitionMasks,
+    behaviors: Behaviors,
+    end_points: EndPoints,
+    *,
+    kernel: str = "shapley",
+    contributor_names: Sequence[str] | None = None,
+    **options: Any,
+) -> Attributions:
+    """Fit one attribution kernel to evaluations."""
+    fit = ATTRIBUTION_KERNELS[kernel]
+    return fit(masks, behaviors, contributor_names=contributor_names, **end_points.options(), **options)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The proof of attributions on retrained test coalitions.
+
+    Attributes:
+        score: LDS per training seed and pooled.
+        ceiling: Agreement of independently seeded retrainings; None with one training seed.
+    """
+
+    score: LDSResult
+    ceiling: LDSCeiling | None
+
+
+def validate(
+    attributions: Attributions, test_masks: CoalitionMasks, test_behaviors: npt.NDArray[np.float64]
+) -> Validation:
+    """LDS and its ceiling.
+
+    Args:
+        attributions: Fitted to other coalitions.
+        test_masks: `(n_test, n_contributors)`.
+        test_behaviors: `(n_training_seeds, n_test)`.
+    """
+    score = lds(attributions, test_masks, test_behaviors)
+    ceiling = lds_ceiling(test_behaviors) if len(test_behaviors) > 1 else None
+    return Validation(score, ceiling)
+
+
+def split_by_seed(
+    masks: CoalitionMasks, behaviors: Behaviors, opt_seeds: npt.NDArray[np.int64]
+) -> tuple[CoalitionMasks, npt.NDArray[np.float64]]:
+    """Arrange test evaluations as distinct coalitions by training seeds.
+
+    Coalitions that some training seed lacks are left out, so that every seed is scored on the same ones.
+    Several evaluations of a coalition with the same seed are averaged.
+
+    Returns:
+        Masks `(n_test, n_contributors)` and behaviors `(n_training_seeds, n_test)`.
+    """
+    texts = np.array([mask_to_text(mask) for mask in masks])
+    seeds = np.unique(opt_seeds)
+    _, first = np.unique(texts, return_index=True)
+    kept, columns = [], []
+    for row in np.sort(first):
+        same = texts == texts[row]
+        per_seed = [behaviors[same & (opt_seeds == seed)] for seed in seeds]
+        if all(len(values) for values in per_seed):
+            kept.append(row)
+            columns.append([values.mean() for values in per_seed])
+    if not kept:
+        raise FitError(
+            f"no test coalition was measured with every training seed ({', '.join(map(str, seeds))}); "
+            "measure the missing ones, or choose one seed"
+        )
+    return masks[kept], np.array(columns).T
+
+
+def without_tested(
+    masks: CoalitionMasks, behaviors: Behaviors, test_masks: CoalitionMasks
+) -> tuple[Any, Any, int]:
+    """Leave out the fit coalitions that are test coalitions, too; returns masks, behaviors and how many."""
+    keep = disjoint_from(masks, test_masks)
+    return masks[keep], behaviors[keep], int((~keep).sum())

@@ -1,0 +1,70 @@
+"""The value function v(S): from a coalition of contributors to the behaviors of its model.
+
+This is the method on one page: obtain the coalition's model, generate images from noise that is the
+same for every coalition, and measure all behaviors in one pass over their features.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tribute.config import NoiseScheduleConfig, SampleConfig
+from tribute.diffusion.sample import sample_images
+from tribute.types import CoalitionMask, Images
+from tribute.unlearning.base import UnlearningMethod
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation of v(S) gave.
+
+    Attributes:
+        behaviors: Value by behavior name, raw (never negated).
+        seconds: Wall-clock seconds of `train`, `sample` and `measure`.
+        n_steps: Optimizer updates that the coalition's model took.
+        images: The generated images.
+    """
+
+    behaviors: dict[str, float]
+    seconds: dict[str, float]
+    n_steps: int
+    images: Images = field(repr=False)
+
+
+class ValueFunction:
+    """v(S) for one method of obtaining models; warm, so it serves any number of coalitions.
+
+    Args:
+        method: How a coalition's model is obtained.
+        sampling: How images are generated.
+        noise_schedule: Forward process of the models.
+        measure: Behaviors of images, by name.
+    """
+
+    def __init__(
+        self,
+        method: UnlearningMethod,
+        sampling: SampleConfig,
+        noise_schedule: NoiseScheduleConfig,
+        measure: Callable[[Images], dict[str, float]],
+    ) -> None:
+        self.method = method
+        self.sampling = sampling
+        self.noise_schedule = noise_schedule
+        self.measure = measure
+
+    def __call__(self, coalition_mask: CoalitionMask, *, opt_seed: int) -> Evaluation:
+        """Measure the behaviors of the model of a coalition `(n_contributors,)`."""
+        obtained = self.method.obtain(coalition_mask, opt_seed=opt_seed)
+        started = time.perf_counter()
+        images = sample_images(obtained.model, self.sampling, self.noise_schedule)
+        sampled = time.perf_counter()
+        behaviors = self.measure(images)
+        seconds = {
+            "train": obtained.seconds_train,
+            "sample": sampled - started,
+            "measure": time.perf_counter() - sampled,
+        }
+        return Evaluation(behaviors, seconds, obtained.n_steps, images)
