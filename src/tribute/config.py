@@ -58,31 +58,31 @@ class Config(BaseModel):
 class UNetConfig(Config):
     """Architecture of a diffusers `UNet2DModel`; defaults are those of the published CIFAR model."""
 
-    sample_size: int = Field(32, gt=0, description="Height and width of the input, pixels.")
-    in_channels: int = Field(3, gt=0, description="Channels of an image.")
-    out_channels: int = Field(3, gt=0, description="Channels of the prediction.")
-    block_out_channels: tuple[int, ...] = Field((128, 256, 256, 256), description="Channels per resolution.")
-    layers_per_block: int = Field(2, gt=0, description="Residual layers per resolution.")
+    sample_size: int = Field(default=32, gt=0, description="Height and width of the input, pixels.")
+    in_channels: int = Field(default=3, gt=0, description="Channels of an image.")
+    out_channels: int = Field(default=3, gt=0, description="Channels of the prediction.")
+    block_out_channels: tuple[int, ...] = Field(default=(128, 256, 256, 256), description="Channels per resolution.")
+    layers_per_block: int = Field(default=2, gt=0, description="Residual layers per resolution.")
     down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")
     up_block_types: tuple[str, ...] = ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
-    attention_head_dim: int | None = Field(None, description="Channels per attention head; None: one head.")
-    norm_num_groups: int = Field(32, gt=0, description="Groups of every GroupNorm.")
-    norm_eps: float = Field(1e-6, gt=0, description="Epsilon of every GroupNorm.")
-    downsample_padding: int = Field(0, ge=0, description="Padding of the strided convolutions.")
-    flip_sin_to_cos: bool = Field(False, description="Order of the time embedding.")
-    freq_shift: int = Field(1, description="Frequency shift of the time embedding.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability in residual layers.")
-    add_attention: bool = Field(True, description="Attention in the middle block.")
+    attention_head_dim: int | None = Field(default=None, description="Channels per attention head; None: one head.")
+    norm_num_groups: int = Field(default=32, gt=0, description="Groups of every GroupNorm.")
+    norm_eps: float = Field(default=1e-6, gt=0, description="Epsilon of every GroupNorm.")
+    downsample_padding: int = Field(default=0, ge=0, description="Padding of the strided convolutions.")
+    flip_sin_to_cos: bool = Field(default=False, description="Order of the time embedding.")
+    freq_shift: int = Field(default=1, description="Frequency shift of the time embedding.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout probability in residual layers.")
+    add_attention: bool = Field(default=True, description="Attention in the middle block.")
 
 
 class NoiseScheduleConfig(Config):
     """Forward process; defaults as published (Ho et al. 2020)."""
 
-    num_train_timesteps: int = Field(1000, gt=1, description="Number of noise levels.")
-    beta_start: float = Field(1e-4, gt=0, description="Variance of the first step.")
-    beta_end: float = Field(0.02, gt=0, lt=1, description="Variance of the last step.")
+    num_train_timesteps: int = Field(default=1000, gt=1, description="Number of noise levels.")
+    beta_start: float = Field(default=1e-4, gt=0, description="Variance of the first step.")
+    beta_end: float = Field(default=0.02, gt=0, lt=1, description="Variance of the last step.")
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    clip_sample: bool = Field(True, description="Clip the predicted image to [-1, 1] while sampling.")
+    clip_sample: bool = Field(default=True, description="Clip the predicted image to [-1, 1] while sampling.")
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
 
 
@@ -90,29 +90,29 @@ class OptimizerConfig(Config):
     """Optimizer and learning-rate schedule; defaults as published for CIFAR."""
 
     name: Literal["Adam", "AdamW"] = "Adam"
-    lr: float = Field(1e-4, gt=0, description="Learning rate.")
+    lr: float = Field(default=1e-4, gt=0, description="Learning rate.")
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    lr_schedule: Literal["constant", "cosine"] = Field("constant", description="Shape after the warm-up.")
-    n_warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    lr_schedule: Literal["constant", "cosine"] = Field(default="constant", description="Shape after the warm-up.")
+    n_warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up.")
 
 
 class TrainConfig(Config):
     """One run of the training loop: full, retrained, sparse and coalition models differ only in this."""
 
-    n_steps: int = Field(20_000, ge=0, description="Optimizer updates.")
-    batch_size: int = Field(128, gt=0, description="Examples per forward pass, over all processes.")
-    gradient_accumulation_steps: int = Field(1, gt=0, description="Forward passes per optimizer update.")
+    n_steps: int = Field(default=20_000, ge=0, description="Optimizer updates.")
+    batch_size: int = Field(default=128, gt=0, description="Examples per forward pass, over all processes.")
+    gradient_accumulation_steps: int = Field(default=1, gt=0, description="Forward passes per optimizer update.")
     optimizer: OptimizerConfig = OptimizerConfig()
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this L2 norm.")
-    ema_max_decay: float = Field(0.9999, ge=0, lt=1, description="Largest decay of the moving average.")
-    ema_inv_gamma: float = Field(1.0, gt=0, description="Decay at step k: 1 - (1 + k / inv_gamma) ** -power.")
-    ema_power: float = Field(0.75, gt=0, description="See ema_inv_gamma.")
-    antithetic_timesteps: bool = Field(True, description="Draw timesteps in pairs t, T - 1 - t.")
-    random_flip: bool = Field(False, description="Flip each image of a batch with probability 1/2.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this L2 norm.")
+    ema_max_decay: float = Field(default=0.9999, ge=0, lt=1, description="Largest decay of the moving average.")
+    ema_inv_gamma: float = Field(default=1.0, gt=0, description="Decay at step k: 1 - (1 + k / inv_gamma) ** -power.")
+    ema_power: float = Field(default=0.75, gt=0, description="See ema_inv_gamma.")
+    antithetic_timesteps: bool = Field(default=True, description="Draw timesteps in pairs t, T - 1 - t.")
+    random_flip: bool = Field(default=False, description="Flip each image of a batch with probability 1/2.")
     mixed_precision: MixedPrecision = "no"
-    opt_seed: int = Field(42, ge=0, description="Root seed of initialisation, data order and noise.")
+    opt_seed: int = Field(default=42, ge=0, description="Root seed of initialisation, data order and noise.")
 
     @property
     def examples_per_step(self) -> int:
@@ -123,22 +123,22 @@ class TrainConfig(Config):
 class PruneConfig(Config):
     """Structural pruning of a trained model."""
 
-    pruning_ratio: float = Field(0.3, ge=0, lt=1, description="Fraction of channels REMOVED per layer.")
+    pruning_ratio: float = Field(default=0.3, ge=0, lt=1, description="Fraction of channels REMOVED per layer.")
     pruner: PrunerName = "magnitude"
-    thr: float = Field(0.05, ge=0, description="diff-pruning: stop at loss below thr times the largest.")
-    batch_size: int = Field(64, gt=0, description="Images for gradient-based importance.")
-    seed: int = Field(0, ge=0, description="Root seed of the random pruner and of the noise for gradients.")
+    thr: float = Field(default=0.05, ge=0, description="diff-pruning: stop at loss below thr times the largest.")
+    batch_size: int = Field(default=64, gt=0, description="Images for gradient-based importance.")
+    seed: int = Field(default=0, ge=0, description="Root seed of the random pruner and of the noise for gradients.")
 
 
 class SampleConfig(Config):
     """How images are generated for measuring behaviors."""
 
-    n_samples: int = Field(10_240, gt=0, description="Generated images; the published number is 10,240.")
+    n_samples: int = Field(default=10_240, gt=0, description="Generated images; the published number is 10,240.")
     sampler: SamplerName = "ddim"
-    num_inference_steps: int = Field(100, gt=0, description="Denoising steps; the published number is 100.")
-    batch_size: int = Field(128, gt=0, description="Images per forward pass; never changes the result.")
-    use_ema: bool = Field(True, description="Sample from the moving average of the weights.")
-    noise_seed: int = Field(0, ge=0, description="Root seed of the initial noise, the same for every model.")
+    num_inference_steps: int = Field(default=100, gt=0, description="Denoising steps; the published number is 100.")
+    batch_size: int = Field(default=128, gt=0, description="Images per forward pass; never changes the result.")
+    use_ema: bool = Field(default=True, description="Sample from the moving average of the weights.")
+    noise_seed: int = Field(default=0, ge=0, description="Root seed of the initial noise, the same for every model.")
 
 
 class Preset(Config):
@@ -154,9 +154,7 @@ class Preset(Config):
     def train_config(self, method: str, **changes: Any) -> TrainConfig:
         """The training settings of a method, with every `changes` that is not None applied."""
         if method not in self.training:
-            raise ConfigError(
-                f"expected a method of this preset: {', '.join(self.training)}; found {method!r}"
-            )
+            raise ConfigError(f"expected a method of this preset: {', '.join(self.training)}; found {method!r}")
         base = self.training[method]
         optimizer = {k: changes.pop(k) for k in ("lr",) if changes.get(k) is not None}
         changes.pop("lr", None)
@@ -190,26 +188,26 @@ class DataConfig(Config):
     dataset: str = "digits"
     contributors: str = "class"
     data_dir: Path | None = None
-    max_examples: int | None = Field(None, gt=0)
+    max_examples: int | None = Field(default=None, gt=0)
 
 
 class StudyModelConfig(Config):
     """Steps of one training stage; what is None comes from the preset."""
 
-    n_steps: int | None = Field(None, ge=0)
-    batch_size: int | None = Field(None, gt=0)
-    lr: float | None = Field(None, gt=0)
+    n_steps: int | None = Field(default=None, ge=0)
+    batch_size: int | None = Field(default=None, gt=0)
+    lr: float | None = Field(default=None, gt=0)
 
 
 class FitCoalitionsConfig(Config):
     """Coalitions that attributions are fitted to."""
 
-    n_coalitions: int = Field(100, gt=0)
+    n_coalitions: int = Field(default=100, gt=0)
     removal_dist: Literal["shapley", "datamodel", "uniform"] = "shapley"
-    datamodel_alpha: float = Field(0.5, gt=0, lt=1)
-    first_removal_seed: int = Field(0, ge=0)
-    leave_one_out: bool = Field(False, description="Also measure the leave-one-out coalitions.")
-    n_end_points: int = Field(2, gt=0, description="Measurements of v(empty) and of v(grand).")
+    datamodel_alpha: float = Field(default=0.5, gt=0, lt=1)
+    first_removal_seed: int = Field(default=0, ge=0)
+    leave_one_out: bool = Field(default=False, description="Also measure the leave-one-out coalitions.")
+    n_end_points: int = Field(default=2, gt=0, description="Measurements of v(empty) and of v(grand).")
 
 
 class TestCoalitionsConfig(Config):
@@ -217,10 +215,10 @@ class TestCoalitionsConfig(Config):
 
     __test__ = False  # not a pytest class
 
-    n_coalitions: int = Field(40, ge=0)
-    datamodel_alpha: float = Field(0.5, gt=0, lt=1)
-    opt_seeds: tuple[int, ...] = Field((42, 43, 44), description="Training seeds.")
-    first_removal_seed: int = Field(0, ge=0)
+    n_coalitions: int = Field(default=40, ge=0)
+    datamodel_alpha: float = Field(default=0.5, gt=0, lt=1)
+    opt_seeds: tuple[int, ...] = Field(default=(42, 43, 44), description="Training seeds.")
+    first_removal_seed: int = Field(default=0, ge=0)
 
 
 class StudyConfig(Config):
@@ -229,12 +227,12 @@ class StudyConfig(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     dataset: str = "digits"
     contributors: str = "class"
-    preset: str | None = Field(None, description="None: the preset named like the dataset.")
+    preset: str | None = Field(default=None, description="None: the preset named like the dataset.")
     data_dir: Path | None = None
-    max_examples: int | None = Field(None, gt=0)
+    max_examples: int | None = Field(default=None, gt=0)
     outdir: Path = Path("runs")
-    db: str | None = Field(None, description="Store; None: results.db in the run folder.")
-    opt_seed: int = Field(42, ge=0, description="Root seed of the full, sparse and coalition models.")
+    db: str | None = Field(default=None, description="Store; None: results.db in the run folder.")
+    opt_seed: int = Field(default=42, ge=0, description="Root seed of the full, sparse and coalition models.")
     full_model: StudyModelConfig = StudyModelConfig()
     prune: PruneConfig = PruneConfig()
     sparse_model: StudyModelConfig = StudyModelConfig()
@@ -245,8 +243,8 @@ class StudyConfig(Config):
     fit: FitCoalitionsConfig = FitCoalitionsConfig()
     test: TestCoalitionsConfig = TestCoalitionsConfig()
     estimator: Literal["least_squares", "size_adjusted"] = "size_adjusted"
-    n_threads: int | None = Field(None, gt=0, description="Threads of one worker; None: all cores.")
-    ckpt_freq: int | None = Field(None, gt=0)
+    n_threads: int | None = Field(default=None, gt=0, description="Threads of one worker; None: all cores.")
+    ckpt_freq: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _needs_behaviors(self) -> Self:

@@ -22,7 +22,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         _flush_to_disk(partial)
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -43,8 +43,8 @@ def write_whole_dir(path: Path, write: Callable[[Path], None]) -> None:
         for file in partial.iterdir():
             _flush_to_disk(file)
         if path.exists():
-            os.replace(path, replaced)
-        os.replace(partial, path)
+            path.replace(replaced)
+        partial.replace(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)

@@ -148,9 +148,7 @@ def test_the_first_rows_only_and_no_later_shard(tmp_path: Path, n_rows: int) -> 
     assert np.array_equal(data.images, PIXELS[:n_rows]) and np.array_equal(data.labels, LABELS[:n_rows])
 
 
-def test_files_are_decoded_once_and_known_by_their_content(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_decoded_once_and_known_by_their_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_parquet(tmp_path / "a.parquet", range(20))
     first = load(tmp_path, path)
     other = write_parquet(tmp_path / "c.parquet", range(20), replaced={3: PNGS[99]})
@@ -190,9 +188,7 @@ def test_reading_is_offline_and_quiet_and_never_walks_through_the_rows(
         (encode(np.zeros((14_000, 14_000), np.uint8)), "cannot be decoded.*decompression bomb"),
     ],
 )
-def test_a_broken_image_is_named_and_leaves_no_cache(
-    tmp_path: Path, replacement: bytes | None, message: str
-) -> None:
+def test_a_broken_image_is_named_and_leaves_no_cache(tmp_path: Path, replacement: bytes | None, message: str) -> None:
     path = write_parquet(tmp_path / "a.parquet", replaced={258: replacement})
     with pytest.raises(DataError, match=rf"a\.parquet: row 258: .*{message}"):
         load(tmp_path, path)
@@ -241,9 +237,7 @@ def test_missing_files_are_answered_with_what_is_expected(tmp_path: Path) -> Non
         ),
     ],
 )
-def test_columns_of_another_kind_are_named(
-    tmp_path: Path, columns: dict[str, list[Any]], message: str
-) -> None:
+def test_columns_of_another_kind_are_named(tmp_path: Path, columns: dict[str, list[Any]], message: str) -> None:
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=message):
         load(tmp_path, tmp_path / "a.parquet")
@@ -268,9 +262,7 @@ def test_files_without_rows_or_with_other_classes_are_named(tmp_path: Path) -> N
         load(tmp_path, write_parquet(tmp_path / "a.parquet", range(0)))
     write_parquet(tmp_path / "shards" / "train-0.parquet", range(5))
     write_parquet(tmp_path / "shards" / "train-1.parquet", range(5), names=["x", "y", "z"])
-    with pytest.raises(
-        DataError, match=r"train-1.*class names \['cat', 'dog', 'owl'\].*found \['x', 'y', 'z'\]"
-    ):
+    with pytest.raises(DataError, match=r"train-1.*class names \['cat', 'dog', 'owl'\].*found \['x', 'y', 'z'\]"):
         load(tmp_path, tmp_path / "shards")
 
 
@@ -293,4 +285,4 @@ def test_real_cifar_images_equal_those_decoded_one_by_one(tmp_path: Path) -> Non
     assert data.images.shape == (300, 32, 32, 3) and len(data.label_names) == 10
     assert data.labels.tolist() == [row["label"] for row in rows]
     for image, row in zip(data.images, rows, strict=True):
-        assert np.array_equal(image, Image.open(io.BytesIO(row["img"]["bytes"])).convert("RGB"))
+        assert np.array_equal(image, np.asarray(Image.open(io.BytesIO(row["img"]["bytes"])).convert("RGB")))

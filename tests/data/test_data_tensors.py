@@ -114,7 +114,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing_behind(tmp_path: Path) 
         yield IMAGES[:10]
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(DataError, match="No space left on device.*free some space"):
+    with pytest.raises(DataError, match=r"No space left on device.*free some space"):
         write_tensor_cache(tmp_path / "cache", disk_fills_up(), shape=(20, 4, 5, 3), columns={}, source={})
     assert list(tmp_path.iterdir()) == []
 
@@ -170,9 +170,7 @@ def test_a_damaged_cache_is_refused_kept_aside_and_built_again(tmp_path: Path, d
 
 def test_a_whole_cache_is_not_built_again(tmp_path: Path) -> None:
     write(tmp_path / "cache")
-    cache = open_or_build_tensor_cache(
-        tmp_path / "cache", lambda _: pytest.fail("built a cache that is there")
-    )
+    cache = open_or_build_tensor_cache(tmp_path / "cache", lambda _: pytest.fail("built a cache that is there"))
     assert np.array_equal(cache.images, IMAGES)
 
 
@@ -201,9 +199,7 @@ print(open_or_build_tensor_cache(cache_dir, build).images.sum())
 
 
 def start(cache_dir: Path, how: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(cache_dir), how], stdout=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(cache_dir), how], stdout=subprocess.PIPE, text=True)
 
 
 def test_what_a_killed_process_left_is_ignored_and_removed(tmp_path: Path) -> None:

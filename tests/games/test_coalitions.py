@@ -36,9 +36,7 @@ def test_keys_tell_numbers_of_contributors_apart():
     assert coalition_key(empty_coalition(5)) != coalition_key(empty_coalition(6))
 
 
-@pytest.mark.parametrize(
-    "key", ["", "10", "10:", "10:3f1", "10:03F1", "10:ffff", "10:0003f1", "0:00", "x:00"]
-)
+@pytest.mark.parametrize("key", ["", "10", "10:", "10:3f1", "10:03F1", "10:ffff", "10:0003f1", "0:00", "x:00"])
 def test_key_that_names_nothing(key):
     with pytest.raises(CoalitionError, match="coalition key"):
         mask_from_key(key)
@@ -72,9 +70,7 @@ def test_mask_from_bad_indices(idx):
         mask_from_idx(idx, 3)
 
 
-@pytest.mark.parametrize(
-    "masks", [np.ones((2, 3)), np.ones(3, bool), np.ones((0, 3), bool), np.ones((2, 0), bool)]
-)
+@pytest.mark.parametrize("masks", [np.ones((2, 3)), np.ones(3, bool), np.ones((0, 3), bool), np.ones((2, 0), bool)])
 def test_masks_that_are_no_boolean_rows(masks):
     with pytest.raises(CoalitionError, match="Expected masks"):
         check_evaluations(masks, np.zeros(len(masks)))

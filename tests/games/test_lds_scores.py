@@ -147,9 +147,7 @@ def test_convergence_reports_every_size():
     masks = masks[keep]
     y = masks @ WORTH + np.random.default_rng(2).normal(scale=0.5, size=len(masks))
     fit = partial(fit_shapley, v_empty=0.0, v_grand=float(WORTH.sum()))
-    curve = lds_convergence(
-        masks, y, TEST_MASKS, noisy(0.5), sizes=[5, 20, 100, 1000], fit=fit, n_bootstrap=50
-    )
+    curve = lds_convergence(masks, y, TEST_MASKS, noisy(0.5), sizes=[5, 20, 100, 1000], fit=fit, n_bootstrap=50)
     assert [entry.n_fit for entry in curve] == [5, 20, 100, 1000]
     assert curve[0].result is None
     assert "independent coalitions" in curve[0].missing_reason

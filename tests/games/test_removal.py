@@ -74,9 +74,7 @@ def test_the_chi_square_test_notices_a_wrong_law():
     ],
 )
 def test_streams_are_independent(first, second):
-    a, b = (
-        draw_coalitions(d, n, range(shift, 3000 + shift))[:, :2] @ [1, 2] for d, n, shift in (first, second)
-    )
+    a, b = (draw_coalitions(d, n, range(shift, 3000 + shift))[:, :2] @ [1, 2] for d, n, shift in (first, second))
     table = np.zeros((4, 4))
     np.add.at(table, (a, b), 1)
     result: Any = chi2_contingency(table)
@@ -87,9 +85,7 @@ def test_datamodel_streams_of_two_alphas_differ():
     half, third = (draw_coalitions("datamodel", 12, range(50), datamodel_alpha=a) for a in (0.5, 0.34))
     assert (half.sum(axis=1) == 6).all()
     assert (third.sum(axis=1) == 4).all()
-    assert (third <= half).all(
-        axis=1
-    ).mean() < 0.2  # one stream for both would make every third part of a half
+    assert (third <= half).all(axis=1).mean() < 0.2  # one stream for both would make every third part of a half
 
 
 @pytest.mark.parametrize("dist", ["shapley", "datamodel", "uniform"])

@@ -245,9 +245,7 @@ def test_wrong_end_points_only_shift_size_adjusted_values():
     y = concave(8)(masks)
     spread = {}
     for name in SHAPLEY_ESTIMATORS:
-        right, wrong = (
-            fit_shapley(masks, y, v_empty=v0, v_grand=1.0, estimator=name).values for v0 in (0.0, 0.2)
-        )
+        right, wrong = (fit_shapley(masks, y, v_empty=v0, v_grand=1.0, estimator=name).values for v0 in (0.0, 0.2))
         spread[name] = np.ptp(wrong - right)
     assert spread["size_adjusted"] < 0.002
     assert spread["least_squares"] > 0.02
@@ -258,9 +256,7 @@ def test_missing_contributors_are_named(estimator):
     masks[:, 4] = masks[:, 2]
     masks = masks[masks.any(axis=1) & ~masks.all(axis=1)]
     names = ["Ada", "Bo", "Cy", "Di", "Ed", "Flo"]
-    fit = partial(
-        fit_shapley, masks, np.arange(float(len(masks))), v_empty=0.0, v_grand=1.0, estimator=estimator
-    )
+    fit = partial(fit_shapley, masks, np.arange(float(len(masks))), v_empty=0.0, v_grand=1.0, estimator=estimator)
     with pytest.raises(RankDeficientFit, match=r"contributors 2 \(Cy\), 4 \(Ed\)\. Measure at least 1 more"):
         fit(contributor_names=names)
     shrunk = fit(ridge=1e-3)

@@ -61,9 +61,7 @@ def store(open_store: Callable[[str], Store]) -> Store:
     spec = EvaluationSpec("e", "cifar", "gd", None, None, None, np.array([False, False]), 0, {})
     store.add_finished({STUDY: results, other: [FinishedEvaluation(spec, {"fid": 2.0})]})
     (study_id,) = (s.study_id for s in store.studies(name="main"))
-    store.add(
-        study_id or 0, [EvaluationSpec("e2", "digits", "gd", None, None, None, np.ones(4, bool), 0, {})]
-    )
+    store.add(study_id or 0, [EvaluationSpec("e2", "digits", "gd", None, None, None, np.ones(4, bool), 0, {})])
     return store
 
 
@@ -81,9 +79,7 @@ def test_an_exchange_changes_nothing(
     owners = OWNERS if by_example else None
     first, second = tmp_path / "first.jsonl", tmp_path / "new" / "second.jsonl"
     n_lines = export_jsonl(store, first, contributor_of_example=owners, dataset="digits")
-    n_lines += (
-        0 if by_example else export_jsonl(store, first)
-    )  # without examples, all studies fit in one file
+    n_lines += 0 if by_example else export_jsonl(store, first)  # without examples, all studies fit in one file
     copy = open_store("copy")
     assert import_jsonl(copy, first, contributor_of_example=owners) == (6 if by_example else 7)
     assert import_jsonl(copy, first, contributor_of_example=owners) == 0
@@ -101,9 +97,7 @@ def test_a_file_by_example_is_read_without_the_examples_when_the_lines_say_who_i
     export_jsonl(store, path, contributor_of_example=OWNERS, dataset="digits")
     copy = open_store("copy")
     assert import_jsonl(copy, path) == 6
-    assert [s.spec for s in copy.find()] == [
-        s.spec for s in store.find(dataset="digits", statuses=["finished"])
-    ]
+    assert [s.spec for s in copy.find()] == [s.spec for s in store.find(dataset="digits", statuses=["finished"])]
 
 
 def test_the_lines_have_the_published_layout(store: Store, tmp_path: Path) -> None:
@@ -119,9 +113,7 @@ def test_the_lines_have_the_published_layout(store: Store, tmp_path: Path) -> No
         assert (line["fid_value"], line["is"]) == (stored.behaviors["fid"], 1.5)
         assert line["precision"] is None and line["total_steps_time"] == 1.25
         assert line["total_sampling_time"] == stored.seconds["sample"]
-        assert line["method"] == stored.spec.method and line["gd_steps"] == stored.spec.settings.get(
-            "gd_steps"
-        )
+        assert line["method"] == stored.spec.method and line["gd_steps"] == stored.spec.settings.get("gd_steps")
         assert line.get("trained_steps") == (None if line["removal_seed"] is None else 5)
 
 
@@ -175,9 +167,7 @@ def test_a_published_line_becomes_an_evaluation(open_store: Callable[[str], Stor
     assert {key: line[key] for key in wanted} == wanted
 
 
-def test_without_examples_every_index_is_a_contributor(
-    open_store: Callable[[str], Store], tmp_path: Path
-) -> None:
+def test_without_examples_every_index_is_a_contributor(open_store: Callable[[str], Store], tmp_path: Path) -> None:
     store = open_store("s")
     assert import_jsonl(store, write(tmp_path / "db.jsonl", published(), published(removal_seed=5))) == 2
     assert store.studies()[0].contributor_names == tuple("01234567")
@@ -232,9 +222,7 @@ def test_a_broken_line_is_named_and_nothing_is_imported(
     assert store.studies() == [] and store.find() == []
 
 
-def test_results_that_contradict_the_store_are_refused(
-    open_store: Callable[[str], Store], tmp_path: Path
-) -> None:
+def test_results_that_contradict_the_store_are_refused(open_store: Callable[[str], Store], tmp_path: Path) -> None:
     store = open_store("s")
     import_jsonl(store, write(tmp_path / "one.jsonl", published()))
     two = write(tmp_path / "two.jsonl", published(removal_seed=9), published(fid_value=1))
@@ -281,9 +269,7 @@ def test_a_table_of_results(store: Store, tmp_path: Path) -> None:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for row, stored in zip(rows, store.find(statuses=["finished"]), strict=True):
-        assert [int(i) for i in row["present_idx"].split()] == np.flatnonzero(
-            stored.spec.coalition_mask
-        ).tolist()
+        assert [int(i) for i in row["present_idx"].split()] == np.flatnonzero(stored.spec.coalition_mask).tolist()
         assert int(row["n_contributors"]) == len(stored.spec.coalition_mask)
         assert float(row["fid"]) == stored.behaviors["fid"]
         assert row["exp_name"] == stored.spec.exp_name and row["removal_seed"] == str(

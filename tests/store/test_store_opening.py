@@ -48,9 +48,7 @@ def test_a_newer_schema_is_refused_with_both_versions(tmp_path: Path) -> None:
         pass
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute(f"UPDATE tribute_schema SET version = {SCHEMA_VERSION + 6}")
-    with pytest.raises(
-        StoreError, match=rf"schema {SCHEMA_VERSION}.*schema {SCHEMA_VERSION + 6}.*[Uu]pgrade"
-    ):
+    with pytest.raises(StoreError, match=rf"schema {SCHEMA_VERSION}.*schema {SCHEMA_VERSION + 6}.*[Uu]pgrade"):
         Store.open(path)
 
 
@@ -108,9 +106,7 @@ def test_a_missing_store_is_not_made_unless_asked_for(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "url", ["nosuchdatabase://user:secret@host/name", "://", "oracle+nothere://u:secret@h/n"]
-)
+@pytest.mark.parametrize("url", ["nosuchdatabase://user:secret@host/name", "://", "oracle+nothere://u:secret@h/n"])
 def test_a_url_that_leads_nowhere_is_refused_without_its_password(url: str) -> None:
     with pytest.raises(StoreError) as caught:
         Store.open(url)

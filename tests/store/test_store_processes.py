@@ -67,9 +67,7 @@ def claim_and_hang(path: Path, channel: Connection) -> None:
         with closing(sqlite3.connect(path, isolation_level=None)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             connection.execute("PRAGMA cache_spill = 1")
-            connection.execute(
-                "UPDATE evaluation SET status = 'running', error = 'half written' WHERE id > 1"
-            )
+            connection.execute("UPDATE evaluation SET status = 'running', error = 'half written' WHERE id > 1")
             channel.send(None if claim is None else claim.evaluation_id)
             channel.recv()
 

@@ -116,9 +116,7 @@ def test_a_specification_cannot_be_changed_behind_its_identity() -> None:
     assert replace(two, role="fit").identity == before
 
 
-@pytest.mark.parametrize(
-    "mask", [np.ones(3), np.ones((2, 3), dtype=bool), np.ones(0, dtype=bool), np.array([0, 1])]
-)
+@pytest.mark.parametrize("mask", [np.ones(3), np.ones((2, 3), dtype=bool), np.ones(0, dtype=bool), np.array([0, 1])])
 def test_a_mask_that_is_none_is_refused(mask: np.ndarray) -> None:
     with pytest.raises(CoalitionError, match="bool vector"):
         replace(spec(), coalition_mask=mask)
@@ -137,9 +135,7 @@ def test_a_study_is_made_once_and_other_contributors_are_refused(store: Store, s
     assert open_study(store) == study_id
     assert open_study(store, dataset="cifar") != study_id
     assert open_study(store, name="other", n=3) != study_id
-    with pytest.raises(
-        MixedResultsError, match=r"10 contributors.*fingerprint-10.*3 contributors.*fingerprint-3"
-    ):
+    with pytest.raises(MixedResultsError, match=r"10 contributors.*fingerprint-10.*3 contributors.*fingerprint-3"):
         open_study(store, n=3)
     with pytest.raises(MixedResultsError, match="changed"):
         open_study(store, fingerprint="changed")
@@ -258,9 +254,7 @@ def test_a_behavior_that_is_not_finite_writes_nothing(store: Store, study_id: in
     finish(store, claim, fid=1.0)
 
 
-def test_an_evaluation_without_behaviors_or_with_odd_provenance_is_not_finished(
-    store: Store, study_id: int
-) -> None:
+def test_an_evaluation_without_behaviors_or_with_odd_provenance_is_not_finished(store: Store, study_id: int) -> None:
     store.add(study_id, [spec(0)])
     claim = claimed(store)
     with pytest.raises(BehaviorError, match="at least one"):
@@ -390,9 +384,7 @@ def test_reading_gives_arrays_in_the_order_of_the_seeds(store: Store, measured: 
     np.testing.assert_array_equal(table.seconds_sample, [1.0] * 6)
     assert table.settings == [dict(s.settings) for s in specs]
     assert [store.find(evaluation_ids=[i])[0].spec for i in table.evaluation_ids] == specs
-    np.testing.assert_array_equal(
-        store.read(behavior_name="kid", removal_dist="shapley").behaviors, -table.behaviors
-    )
+    np.testing.assert_array_equal(store.read(behavior_name="kid", removal_dist="shapley").behaviors, -table.behaviors)
 
 
 def test_no_filter_differs_from_not_drawn(store: Store, measured: Callable[..., float]) -> None:
@@ -404,9 +396,7 @@ def test_no_filter_differs_from_not_drawn(store: Store, measured: Callable[..., 
 
 
 def test_further_filters(store: Store, measured: Callable[..., float]) -> None:
-    measured(
-        spec(1, datamodel_alpha=0.5), spec(1, datamodel_alpha=0.1), spec(1, opt_seed=3), spec(1, method="ga")
-    )
+    measured(spec(1, datamodel_alpha=0.5), spec(1, datamodel_alpha=0.1), spec(1, opt_seed=3), spec(1, method="ga"))
     assert len(store.read(behavior_name="fid", datamodel_alpha=0.1)) == 1
     assert len(store.read(behavior_name="fid", opt_seed=3)) == 1
     assert len(store.read(behavior_name="fid", method="ga", dataset="digits")) == 1
@@ -431,10 +421,7 @@ def test_an_empty_table_tells_what_there_is(store: Store, measured: Callable[...
     assert len(table) == 0 and table.masks.shape == (0, 0)
     assert "exp_name e1, method gd, removal_dist shapley" in table.describe()
     assert "1 pending, 2 finished; behaviors: fid, kid" in table.describe()
-    assert (
-        "exp_name e9, method retrain, removal_dist datamodel, datamodel_alpha 0.5: 1 finished"
-        in table.describe()
-    )
+    assert "exp_name e9, method retrain, removal_dist datamodel, datamodel_alpha 0.5: 1 finished" in table.describe()
     assert table.describe() == store.describe()
 
 
@@ -453,9 +440,7 @@ def test_results_that_cannot_be_compared_are_not_read_together(store: Store, stu
     assert store.read(behavior_name="fid", study_id=study_id).definition == {"variant": "inception"}
     store.add(study_id, [spec(2)])
     claim = claimed(store)
-    store.finish(
-        claim, {"fid": 1.0}, seconds={}, provenance={}, definitions={"fid": {"variant": "classifier"}}
-    )
+    store.finish(claim, {"fid": 1.0}, seconds={}, provenance={}, definitions={"fid": {"variant": "classifier"}})
     with pytest.raises(MixedResultsError, match=r"one definition.*classifier"):
         store.read(behavior_name="fid", study_id=study_id)
 

@@ -32,22 +32,22 @@ ArgumentsT = TypeVar("ArgumentsT", bound=Arguments)
 class CommonArguments(Arguments):
     """Flags of every command that touches a model."""
 
-    outdir: Path = Field(Path("results"), description="Folder below which models are written.")
-    device: str | None = Field(None, description="cpu, cuda, ...; None chooses.")
-    n_threads: int | None = Field(None, gt=0, description="CPU threads; None: PyTorch's choice.")
-    dry_run: bool = Field(False, description="Print the resolved settings and stop.")
+    outdir: Path = Field(default=Path("results"), description="Folder below which models are written.")
+    device: str | None = Field(default=None, description="cpu, cuda, ...; None chooses.")
+    n_threads: int | None = Field(default=None, gt=0, description="CPU threads; None: PyTorch's choice.")
+    dry_run: bool = Field(default=False, description="Print the resolved settings and stop.")
 
 
 class DataArguments(CommonArguments):
     """Flags that choose the training data."""
 
-    dataset: str | None = Field(None, description="digits or cifar.")
-    contributors: str | None = Field(None, description="class (default), or vendors for digits.")
+    dataset: str | None = Field(default=None, description="digits or cifar.")
+    contributors: str | None = Field(default=None, description="class (default), or vendors for digits.")
     data_dir: Path | None = Field(
-        None, description="Parquet file or folder, for datasets that are not embedded."
+        default=None, description="Parquet file or folder, for datasets that are not embedded."
     )
-    max_examples: int | None = Field(None, gt=0, description="Use only the first rows of the dataset.")
-    preset: str | None = Field(None, description="Recipe: digits, cifar, cifar-small, or a .yaml file.")
+    max_examples: int | None = Field(default=None, gt=0, description="Use only the first rows of the dataset.")
+    preset: str | None = Field(default=None, description="Recipe: digits, cifar, cifar-small, or a .yaml file.")
 
     def source(self, saved: dict[str, Any] | None = None) -> DataConfig:
         """The data that the flags mean; what a flag leaves open comes from a checkpoint, then from defaults."""
@@ -68,9 +68,7 @@ class DataArguments(CommonArguments):
         """The preset of `--preset`, or the one named like the dataset."""
         name = self.preset or dataset
         if not name.endswith((".yaml", ".yml")) and name not in preset_names():
-            raise ConfigError(
-                f"--preset: expected one of {', '.join(preset_names())} or a .yaml file; found {name!r}"
-            )
+            raise ConfigError(f"--preset: expected one of {', '.join(preset_names())} or a .yaml file; found {name!r}")
         return load_preset(name)
 
 
@@ -78,14 +76,14 @@ class RemovalArguments(Arguments):
     """Flags that choose a coalition."""
 
     removal_dist: RemovalDist | None = Field(
-        None,
+        default=None,
         description="Law of the coalition. None: everyone; shapley = datashapley; loo and add_one_in take the "
         "contributor from --removal_seed; empty: nobody.",
     )
     datamodel_alpha: float = Field(
-        0.5, description="Fraction of contributors kept by --removal_dist datamodel."
+        default=0.5, description="Fraction of contributors kept by --removal_dist datamodel."
     )
-    removal_seed: int = Field(0, description="Which coalition of the law: the same seed, the same coalition.")
+    removal_seed: int = Field(default=0, description="Which coalition of the law: the same seed, the same coalition.")
 
     def canonical_removal_dist(self) -> str | None:
         """The name of the law; its aliases mean the same."""
@@ -105,13 +103,13 @@ class RemovalArguments(Arguments):
 class PublishedTrainingArguments(Arguments):
     """Training flags of the published commands."""
 
-    opt_seed: int = Field(42, ge=0, description="Seed of initialisation, data order and training noise.")
-    keep_all_ckpts: bool = Field(False, description="Keep every checkpoint instead of the last.")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = Field(None, description="None: the preset's.")
-    gradient_accumulation_steps: int | None = Field(None, gt=0, description="None: the preset's.")
-    use_8bit_optimizer: bool = Field(False, description="8-bit Adam (not in this version).")
+    opt_seed: int = Field(default=42, ge=0, description="Seed of initialisation, data order and training noise.")
+    keep_all_ckpts: bool = Field(default=False, description="Keep every checkpoint instead of the last.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = Field(default=None, description="None: the preset's.")
+    gradient_accumulation_steps: int | None = Field(default=None, gt=0, description="None: the preset's.")
+    use_8bit_optimizer: bool = Field(default=False, description="8-bit Adam (not in this version).")
     precompute_stage: Literal["save", "reuse"] | None = Field(
-        None, description="Latents of a codec (not in this version)."
+        default=None, description="Latents of a codec (not in this version)."
     )
 
     def refuse_what_is_missing(self) -> None:
@@ -124,9 +122,7 @@ class PublishedTrainingArguments(Arguments):
             )
 
 
-def parse(
-    arguments_class: type[ArgumentsT], argv: Sequence[str], *, prog: str, description: str
-) -> ArgumentsT:
+def parse(arguments_class: type[ArgumentsT], argv: Sequence[str], *, prog: str, description: str) -> ArgumentsT:
     """Parse flags; a wrong one ends the process with status 2 and a message that names it."""
     return tyro.cli(
         arguments_class,

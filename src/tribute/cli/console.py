@@ -28,13 +28,9 @@ def setup_logging() -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, note: str = "") -> None:
     """A table whose first column is text and whose others are numbers; cells are plain text, never markup."""
-    table = Table(
-        title=escape(title), title_justify="left", caption=escape(note) or None, caption_justify="left"
-    )
+    table = Table(title=escape(title), title_justify="left", caption=escape(note) or None, caption_justify="left")
     for i, name in enumerate(columns):
-        table.add_column(
-            escape(name), justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="ellipsis"
-        )
+        table.add_column(escape(name), justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="ellipsis")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     console.print(table)
@@ -42,7 +38,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 def print_line(text: str) -> None:
     """One line of plain text."""
-    console.print(text, markup=False)
+    console.print(text, markup=False, soft_wrap=True)
 
 
 class TrainingReport:

@@ -21,21 +21,19 @@ class ExportArguments(Arguments):
 
     db: str = Field(description="Store: a file, or a SQLAlchemy URL.")
     out: Path = Field(description="File to write.")
-    format: Literal["jsonl", "csv"] = Field("jsonl", description="jsonl: the published layout.")
-    exp_name: str | None = Field(None, description="Only this experiment.")
+    format: Literal["jsonl", "csv"] = Field(default="jsonl", description="jsonl: the published layout.")
+    exp_name: str | None = Field(default=None, description="Only this experiment.")
     dataset: str | None = Field(
-        None, description="Write example indices of this dataset, as published; None: contributor indices."
+        default=None, description="Write example indices of this dataset, as published; None: contributor indices."
     )
-    contributors: str = Field("class", description="With --dataset: how it is divided.")
-    data_dir: Path | None = Field(None, description="With --dataset: where it is.")
-    max_examples: int | None = Field(None, gt=0, description="With --dataset: only the first rows.")
+    contributors: str = Field(default="class", description="With --dataset: how it is divided.")
+    data_dir: Path | None = Field(default=None, description="With --dataset: where it is.")
+    max_examples: int | None = Field(default=None, gt=0, description="With --dataset: only the first rows.")
 
 
 def run(argv: Sequence[str]) -> None:
     """Parse the flags, write the file, print how many evaluations it holds."""
-    arguments = parse(
-        ExportArguments, argv, prog="tribute export", description="Write a store for other programs."
-    )
+    arguments = parse(ExportArguments, argv, prog="tribute export", description="Write a store for other programs.")
     with Store.open(arguments.db, create=False) as store:
         if arguments.format == "csv":
             n_lines = export_csv(store, arguments.out, exp_name=arguments.exp_name)
@@ -44,7 +42,5 @@ def run(argv: Sequence[str]) -> None:
             if arguments.dataset is not None:
                 source = {name: getattr(arguments, name) for name in DataConfig.model_fields}
                 owners = load_training_data(**source).contributors.contributor_of_example
-            n_lines = export_jsonl(
-                store, arguments.out, contributor_of_example=owners, exp_name=arguments.exp_name
-            )
+            n_lines = export_jsonl(store, arguments.out, contributor_of_example=owners, exp_name=arguments.exp_name)
     print_line(f"wrote {n_lines:,} evaluations to {arguments.out}")

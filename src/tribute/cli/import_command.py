@@ -20,13 +20,13 @@ class ImportArguments(Arguments):
 
     db: str = Field(description="Store: a file, or a SQLAlchemy URL.")
     file: Path = Field(description="JSONL file in the published layout.")
-    exp_name: str = Field("imported", description="Study for lines that Tribute did not write.")
+    exp_name: str = Field(default="imported", description="Study for lines that Tribute did not write.")
     dataset: str | None = Field(
-        None, description="The lines hold example indices of this dataset; None: contributor indices."
+        default=None, description="The lines hold example indices of this dataset; None: contributor indices."
     )
-    contributors: str = Field("class", description="With --dataset: how it is divided.")
-    data_dir: Path | None = Field(None, description="With --dataset: where it is.")
-    max_examples: int | None = Field(None, gt=0, description="With --dataset: only the first rows.")
+    contributors: str = Field(default="class", description="With --dataset: how it is divided.")
+    data_dir: Path | None = Field(default=None, description="With --dataset: where it is.")
+    max_examples: int | None = Field(default=None, gt=0, description="With --dataset: only the first rows.")
 
 
 def run(argv: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from pydantic import Field
 from tribute.cli.arguments import Arguments, RemovalDist, parse, print_settings
 from tribute.cli.console import print_line, print_table
 from tribute.errors import ConfigError, FitError, StoreError
-from tribute.games.lds import lds, lds_ceiling, lds_convergence
+from tribute.games.lds import lds_ceiling, lds_convergence
 from tribute.games.removal import canonical_removal_dist
 from tribute.store.interchange import PUBLISHED_BEHAVIOR_KEYS
 from tribute.store.records import EvaluationTable, Store
@@ -35,34 +35,32 @@ class LdsArguments(Arguments):
     train_db: str = Field(description="Store with the fit coalitions.")
     train_exp_name: str = Field(description="Their experiment.")
     max_train_size: int = Field(description="Most fit coalitions to use.", gt=0)
-    dataset: str = Field("digits", description="Dataset of all experiments.")
+    dataset: str = Field(default="digits", description="Dataset of all experiments.")
     removal_dist: RemovalDist = Field(
-        "shapley", description="Law of the fit coalitions; it chooses the kernel."
+        default="shapley", description="Law of the fit coalitions; it chooses the kernel."
     )
-    datamodel_alpha: float = Field(0.5, description="Fraction of contributors in the test coalitions.")
-    method: str = Field("gd", description="How the fit models were obtained.")
-    model_behavior_key: str = Field(
-        "fid_value", description="Behavior: is, fid_value, precision, entropy, ..."
-    )
-    test_db: str | None = Field(None, description="Store with the test coalitions; None: --train_db.")
-    test_exp_name: str | None = Field(None, description="Their experiment; None: no LDS, attributions only.")
-    num_test_subset: int = Field(32, gt=0, description="Most test coalitions to use.")
-    full_db: str | None = Field(None, description="Store with v(grand); None: --train_db.")
-    full_exp_name: str | None = Field(None, description="Its experiment; None: --train_exp_name.")
-    null_db: str | None = Field(None, description="Store with v(empty); None: --train_db.")
-    null_exp_name: str | None = Field(None, description="Its experiment; None: --train_exp_name.")
+    datamodel_alpha: float = Field(default=0.5, description="Fraction of contributors in the test coalitions.")
+    method: str = Field(default="gd", description="How the fit models were obtained.")
+    model_behavior_key: str = Field(default="fid_value", description="Behavior: is, fid_value, precision, entropy, ...")
+    test_db: str | None = Field(default=None, description="Store with the test coalitions; None: --train_db.")
+    test_exp_name: str | None = Field(default=None, description="Their experiment; None: no LDS, attributions only.")
+    num_test_subset: int = Field(default=32, gt=0, description="Most test coalitions to use.")
+    full_db: str | None = Field(default=None, description="Store with v(grand); None: --train_db.")
+    full_exp_name: str | None = Field(default=None, description="Its experiment; None: --train_exp_name.")
+    null_db: str | None = Field(default=None, description="Store with v(empty); None: --train_db.")
+    null_exp_name: str | None = Field(default=None, description="Its experiment; None: --train_exp_name.")
     kernel: Literal["shapley", "datamodel", "banzhaf", "loo", "add_one_in"] | None = Field(
-        None, description="Attribution kernel; None: the one of --removal_dist."
+        default=None, description="Attribution kernel; None: the one of --removal_dist."
     )
     estimator: Literal["least_squares", "size_adjusted"] = Field(
-        "size_adjusted", description="Of Shapley values."
+        default="size_adjusted", description="Of Shapley values."
     )
-    ridge: float = Field(0.0, ge=0, description="Penalty; above 0 allows fewer coalitions than contributors.")
-    interval: Literal["analytic", "bootstrap"] = Field("analytic", description="Of the attributions.")
-    by_class: bool = Field(True, description="By contributor (the published name); the only way here.")
-    bootstrapped: bool = Field(True, description="LDS intervals by bootstrap over test coalitions (always).")
-    num_bootstrap_iters: int = Field(1000, gt=1, description="Bootstrap draws.")
-    dry_run: bool = Field(False, description="Print the resolved settings and stop.")
+    ridge: float = Field(default=0.0, ge=0, description="Penalty; above 0 allows fewer coalitions than contributors.")
+    interval: Literal["analytic", "bootstrap"] = Field(default="analytic", description="Of the attributions.")
+    by_class: bool = Field(default=True, description="By contributor (the published name); the only way here.")
+    bootstrapped: bool = Field(default=True, description="LDS intervals by bootstrap over test coalitions (always).")
+    num_bootstrap_iters: int = Field(default=1000, gt=1, description="Bootstrap draws.")
+    dry_run: bool = Field(default=False, description="Print the resolved settings and stop.")
 
 
 def run(argv: Sequence[str]) -> None:
@@ -104,9 +102,7 @@ def run(argv: Sequence[str]) -> None:
 def check_other_flags(arguments: LdsArguments) -> None:
     """Flags whose other value would mean something that this version does not do."""
     if not arguments.by_class:
-        raise ConfigError(
-            "--no-by_class: coalitions are of contributors here; leave the flag out or use --by_class"
-        )
+        raise ConfigError("--no-by_class: coalitions are of contributors here; leave the flag out or use --by_class")
     if canonical_removal_dist(arguments.removal_dist) not in _KERNEL_OF_LAW:
         raise ConfigError(
             f"--removal_dist: expected a law of fit coalitions ({', '.join(_KERNEL_OF_LAW)}); "
@@ -122,9 +118,7 @@ def behavior_of_key(key: str) -> str:
     return key
 
 
-def _read(
-    db: str, behavior_name: str, flag: str, remedy: str, **filters: Any
-) -> tuple[EvaluationTable, Store]:
+def _read(db: str, behavior_name: str, flag: str, remedy: str, **filters: Any) -> tuple[EvaluationTable, Store]:
     """Evaluations that match, or an error that says what the store holds instead."""
     store = Store.open(db, create=False)
     try:
@@ -154,7 +148,7 @@ def _read_fit(arguments: LdsArguments, behavior_name: str) -> tuple[EvaluationTa
     )
     with store:
         contributors = store.contributors(table.study_id) if table.study_id is not None else []
-    return table, [item.name for item in contributors], [item.n_examples for item in contributors]
+    return table, [item.contributor_name for item in contributors], [item.n_examples for item in contributors]
 
 
 def read_end_points(arguments: LdsArguments, behavior_name: str) -> EndPoints:
@@ -247,7 +241,8 @@ def _print_convergence(
         ceiling = lds_ceiling(test_behaviors, n_bootstrap=arguments.num_bootstrap_iters)
         low, high = 100 * ceiling.interval
         print_line(
-            f"ceiling, retrainings with other seeds as the prediction: {100 * ceiling.value:.1f} ({low:.1f} to {high:.1f})"
+            "ceiling, retrainings with other seeds as the prediction: "
+            f"{100 * ceiling.value:.1f} ({low:.1f} to {high:.1f})"
         )
 
 

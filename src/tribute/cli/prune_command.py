@@ -17,15 +17,13 @@ from tribute.study.layout import dataset_name, models_dir, pruning_name
 class PruneArguments(DataArguments):
     """Flags of `prune.py`."""
 
-    load: Path = Field(
-        description="Checkpoint of the full model: a ckpt_steps_* folder, or the one above it."
-    )
+    load: Path = Field(description="Checkpoint of the full model: a ckpt_steps_* folder, or the one above it.")
     pruning_ratio: float = Field(
-        0.3, description="Fraction of channels REMOVED per layer (the published help says remaining)."
+        default=0.3, description="Fraction of channels REMOVED per layer (the published help says remaining)."
     )
     pruner: Pruner = "magnitude"
     thr: float = Field(
-        0.05, description="diff-pruning: ignore noise levels whose loss is below this share of the largest."
+        default=0.05, description="diff-pruning: ignore noise levels whose loss is below this share of the largest."
     )
 
 

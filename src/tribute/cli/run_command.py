@@ -21,9 +21,9 @@ class RunArguments(Arguments):
     """Flags of `tribute run`."""
 
     study: Annotated[Path, tyro.conf.Positional] = Field(description="The study's settings, a YAML file.")
-    outdir: Path | None = Field(None, description="Folder of run folders; None: the study's.")
-    n_threads: int | None = Field(None, gt=0, description="CPU threads; None: the study's.")
-    dry_run: bool = Field(False, description="Print the resolved settings and stop.")
+    outdir: Path | None = Field(default=None, description="Folder of run folders; None: the study's.")
+    n_threads: int | None = Field(default=None, gt=0, description="CPU threads; None: the study's.")
+    dry_run: bool = Field(default=False, description="Print the resolved settings and stop.")
 
 
 def run(argv: Sequence[str]) -> None:

@@ -30,35 +30,27 @@ TRAIN_METHODS = (*METHODS, "prune_fine_tune", *PLANNED_METHODS)
 class TrainArguments(DataArguments, RemovalArguments, PublishedTrainingArguments):
     """Flags of `main.py`."""
 
-    method: str = Field(
-        description="retrain, prune_fine_tune or gd; ga, lora and iu are not in this version."
-    )
+    method: str = Field(description="retrain, prune_fine_tune or gd; ga, lora and iu are not in this version.")
     load: Path | None = Field(
-        None, description="Checkpoint to start from: needed by gd; prune_fine_tune finds what prune.py wrote."
+        default=None, description="Checkpoint to start from: needed by gd; prune_fine_tune finds what prune.py wrote."
     )
-    pruning_ratio: float = Field(0.3, description="Fraction of channels REMOVED per layer.")
+    pruning_ratio: float = Field(default=0.3, description="Fraction of channels REMOVED per layer.")
     pruner: Pruner = "magnitude"
-    thr: float = Field(0.05, description="Loss threshold of --pruner diff-pruning.")
-    n_steps: int | None = Field(
-        None, ge=0, description="Optimizer updates; None: the preset's for the method."
-    )
-    batch_size: int | None = Field(None, gt=0, description="None: the preset's.")
-    lr: float | None = Field(None, gt=0, description="Learning rate; None: the preset's.")
-    ema_inv_gamma: float | None = Field(None, gt=0, description="EMA warm-up; None: the preset's.")
-    ema_power: float | None = Field(None, gt=0, description="EMA warm-up; None: the preset's.")
-    ema_max_decay: float | None = Field(
-        None, ge=0, lt=1, description="Largest EMA decay; None: the preset's."
-    )
-    ckpt_freq: int | None = Field(None, gt=0, description="Steps between checkpoints; None: the preset's.")
-    log_freq: int = Field(100, gt=0, description="Steps between lines of progress.")
-    report_to: str | None = Field(None, description="Tracker of Accelerate: tensorboard, wandb, ...")
+    thr: float = Field(default=0.05, description="Loss threshold of --pruner diff-pruning.")
+    n_steps: int | None = Field(default=None, ge=0, description="Optimizer updates; None: the preset's for the method.")
+    batch_size: int | None = Field(default=None, gt=0, description="None: the preset's.")
+    lr: float | None = Field(default=None, gt=0, description="Learning rate; None: the preset's.")
+    ema_inv_gamma: float | None = Field(default=None, gt=0, description="EMA warm-up; None: the preset's.")
+    ema_power: float | None = Field(default=None, gt=0, description="EMA warm-up; None: the preset's.")
+    ema_max_decay: float | None = Field(default=None, ge=0, lt=1, description="Largest EMA decay; None: the preset's.")
+    ckpt_freq: int | None = Field(default=None, gt=0, description="Steps between checkpoints; None: the preset's.")
+    log_freq: int = Field(default=100, gt=0, description="Steps between lines of progress.")
+    report_to: str | None = Field(default=None, description="Tracker of Accelerate: tensorboard, wandb, ...")
 
 
 def run(argv: Sequence[str]) -> None:
     """Parse the flags, train, print where the model is."""
-    arguments = parse(
-        TrainArguments, argv, prog="main.py", description="Train, retrain or fine-tune a model."
-    )
+    arguments = parse(TrainArguments, argv, prog="main.py", description="Train, retrain or fine-tune a model.")
     if arguments.method not in TRAIN_METHODS:
         raise ConfigError(f"--method: expected one of {', '.join(TRAIN_METHODS)}; found {arguments.method!r}")
     if arguments.method != "prune_fine_tune":
@@ -67,9 +59,7 @@ def run(argv: Sequence[str]) -> None:
     prune = prune_settings(arguments)
     start_path = find_start(arguments, prune)
     start = (
-        None
-        if start_path is None or (arguments.dry_run and not start_path.exists())
-        else load_checkpoint(start_path)
+        None if start_path is None or (arguments.dry_run and not start_path.exists()) else load_checkpoint(start_path)
     )
     source = arguments.source(None if start is None else start.meta.get("source"))
     preset = training_preset(arguments, source.dataset, start)
@@ -86,9 +76,7 @@ def run(argv: Sequence[str]) -> None:
         opt_seed=arguments.opt_seed,
     )
     parts = [pruning_name(prune)] if arguments.method == "prune_fine_tune" else []
-    removal = removal_name(
-        arguments.canonical_removal_dist(), arguments.datamodel_alpha, arguments.removal_seed
-    )
+    removal = removal_name(arguments.canonical_removal_dist(), arguments.datamodel_alpha, arguments.removal_seed)
     folder = models_dir(
         arguments.outdir, dataset_name(source.dataset, source.contributors), arguments.method, *parts, removal
     )
@@ -160,9 +148,7 @@ def find_start(arguments: TrainArguments, prune: PruneConfig) -> Path | None:
     """The checkpoint that training starts from, if any."""
     if arguments.method == "retrain":
         if arguments.load is not None:
-            raise ConfigError(
-                "--load: --method retrain starts from random weights; leave --load out, or use gd"
-            )
+            raise ConfigError("--load: --method retrain starts from random weights; leave --load out, or use gd")
         return None
     if arguments.load is not None:
         return arguments.load

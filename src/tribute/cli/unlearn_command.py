@@ -37,26 +37,26 @@ class UnlearnArguments(DataArguments, RemovalArguments, PublishedTrainingArgumen
     exp_name: str = Field(description="Name under which the result is recorded.")
     method: str = Field(description="gd or retrain; ga, lora and iu are not in this version.")
     model_behavior: str = Field(
-        "global",
+        default="global",
         description="global, or a list such as fid,is,my_module:my_function:lower; local is to come.",
     )
-    gd_steps: int | None = Field(None, ge=0, description="Updates of --method gd; None: the preset's.")
-    batch_size: int | None = Field(None, gt=0, description="Examples per update; None: the preset's.")
-    lr: float | None = Field(None, gt=0, description="Learning rate of --method gd; None: the preset's.")
-    ga_ratio: float = Field(1.0, description="For --method ga.")
-    iu_ratio: float = Field(1.0, description="For --method iu.")
-    lora_rank: int = Field(16, description="For --method lora.")
-    lora_dropout: float = Field(0.05, description="For --method lora.")
-    pruning_ratio: float | None = Field(None, description="Checked against the sparse model at --load.")
-    pruner: Pruner | None = Field(None, description="Checked against the sparse model at --load.")
-    thr: float | None = Field(None, description="Checked against the sparse model at --load.")
-    n_samples: int | None = Field(None, gt=0, description="Generated images; None: the preset's.")
-    num_inference_steps: int | None = Field(None, gt=0, description="Sampling steps; None: the preset's.")
-    sampler: Literal["ddim", "dpm-solver++"] | None = Field(None, description="None: the preset's.")
-    sample_batch_size: int | None = Field(None, gt=0, description="Never changes a result.")
-    use_ema: bool = Field(True, description="Measure the moving average of the weights.")
-    n_local_samples: int = Field(100, gt=0, description="For --model_behavior local.")
-    n_noises: int = Field(50, gt=0, description="For --model_behavior local.")
+    gd_steps: int | None = Field(default=None, ge=0, description="Updates of --method gd; None: the preset's.")
+    batch_size: int | None = Field(default=None, gt=0, description="Examples per update; None: the preset's.")
+    lr: float | None = Field(default=None, gt=0, description="Learning rate of --method gd; None: the preset's.")
+    ga_ratio: float = Field(default=1.0, description="For --method ga.")
+    iu_ratio: float = Field(default=1.0, description="For --method iu.")
+    lora_rank: int = Field(default=16, description="For --method lora.")
+    lora_dropout: float = Field(default=0.05, description="For --method lora.")
+    pruning_ratio: float | None = Field(default=None, description="Checked against the sparse model at --load.")
+    pruner: Pruner | None = Field(default=None, description="Checked against the sparse model at --load.")
+    thr: float | None = Field(default=None, description="Checked against the sparse model at --load.")
+    n_samples: int | None = Field(default=None, gt=0, description="Generated images; None: the preset's.")
+    num_inference_steps: int | None = Field(default=None, gt=0, description="Sampling steps; None: the preset's.")
+    sampler: Literal["ddim", "dpm-solver++"] | None = Field(default=None, description="None: the preset's.")
+    sample_batch_size: int | None = Field(default=None, gt=0, description="Never changes a result.")
+    use_ema: bool = Field(default=True, description="Measure the moving average of the weights.")
+    n_local_samples: int = Field(default=100, gt=0, description="For --model_behavior local.")
+    n_noises: int = Field(default=50, gt=0, description="For --model_behavior local.")
 
 
 def run(argv: Sequence[str]) -> None:
@@ -131,12 +131,8 @@ def run(argv: Sequence[str]) -> None:
         else:
             policy = None
             if arguments.keep_all_ckpts and mask.any():
-                name = removal_name(
-                    removal["removal_dist"], arguments.datamodel_alpha, arguments.removal_seed
-                )
-                folder = models_dir(
-                    arguments.outdir, dataset_name(source.dataset, source.contributors), "gd", name
-                )
+                name = removal_name(removal["removal_dist"], arguments.datamodel_alpha, arguments.removal_seed)
+                folder = models_dir(arguments.outdir, dataset_name(source.dataset, source.contributors), "gd", name)
                 policy = checkpoint_policy(
                     worker,
                     Saving(folder, preset.ckpt_freq.get("gd", 1000), keep_all=True),
@@ -160,17 +156,13 @@ def run(argv: Sequence[str]) -> None:
             method=arguments.method,
             coalition_mask=mask,
             opt_seed=opt_seed,
-            settings=worker.settings(
-                sampling, train=train, start=checkpoint.model_hash, use_ema=arguments.use_ema
-            ),
+            settings=worker.settings(sampling, train=train, start=checkpoint.model_hash, use_ema=arguments.use_ema),
             **removal,
         )
         evaluation_ids = store.add(study_id, [spec])
         store.retry(study_id, evaluation_ids=evaluation_ids)
         executor = SerialExecutor(
-            lambda claimed: value_function(
-                np.array(claimed.spec.coalition_mask), opt_seed=claimed.spec.opt_seed
-            ),
+            lambda claimed: value_function(np.array(claimed.spec.coalition_mask), opt_seed=claimed.spec.opt_seed),
             definitions=worker.behavior_definitions(),
             provenance=provenance(str(worker.trainer.device)),
             evaluation_ids=evaluation_ids,
@@ -242,10 +234,6 @@ def check_pruning_flags(arguments: UnlearnArguments, checkpoint: Checkpoint) -> 
             "fine-tune the full model"
         )
     saved = checkpoint.pruning["settings"]
-    wrong = [
-        f"--{name}: saved {saved[name]}, asked {value}"
-        for name, value in asked.items()
-        if saved[name] != value
-    ]
+    wrong = [f"--{name}: saved {saved[name]}, asked {value}" for name, value in asked.items() if saved[name] != value]
     if wrong:
         raise MixedResultsError(f"--load: {checkpoint.path} was pruned by other settings: {'; '.join(wrong)}")

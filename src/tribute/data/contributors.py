@@ -252,18 +252,12 @@ def vendors(images: Images, labels: npt.NDArray[np.int64]) -> VendorExamples:
     stream = numpy_stream(planted.seed, "data.vendors.copies")
     copies = np.sort(stream.permutation(copied_scans)[: VENDOR_SIZES[planted.copier]])
     scan_of_example = np.concatenate([np.arange(n_scans), copies])
-    owners = np.concatenate(
-        [owner_of_scan, np.full(len(copies), names.index(planted.copier), dtype=np.int32)]
-    )
+    owners = np.concatenate([owner_of_scan, np.full(len(copies), names.index(planted.copier), dtype=np.int32)])
 
     delivered = images[scan_of_example]
     for name in planted.noisy:
         for scan in np.flatnonzero(owner_of_scan == names.index(name)):
-            noise = numpy_stream(planted.seed, "data.vendors.noise", int(scan)).standard_normal(
-                images.shape[1:]
-            )
+            noise = numpy_stream(planted.seed, "data.vendors.noise", int(scan)).standard_normal(images.shape[1:])
             noisy = np.clip(images[scan] / 127.5 - 1.0 + planted.noise_sd * noise, -1.0, 1.0)
             delivered[scan] = np.round((noisy + 1.0) * 127.5).astype(np.uint8)
-    return VendorExamples(
-        delivered, labels[scan_of_example], ContributorTable(names, owners), scan_of_example
-    )
+    return VendorExamples(delivered, labels[scan_of_example], ContributorTable(names, owners), scan_of_example)

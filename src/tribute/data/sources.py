@@ -101,8 +101,7 @@ def load_training_data(
         raise ConfigError(f"--dataset {dataset!r} is unknown; expected one of {', '.join(SOURCES)}")
     if contributors not in source.partitions:
         raise ConfigError(
-            f"--contributors {contributors!r} is unknown for {dataset}; "
-            f"expected one of {', '.join(source.partitions)}"
+            f"--contributors {contributors!r} is unknown for {dataset}; expected one of {', '.join(source.partitions)}"
         )
     if max_examples is not None and max_examples < 1:
         raise ConfigError(f"--max_examples: expected at least 1, found {max_examples}")
@@ -153,9 +152,7 @@ def read_digits(source: Source, options: ReadOptions) -> Examples:
         ConfigError: A `data_dir` was given, which nothing would read.
     """
     if options.data_dir is not None:
-        raise ConfigError(
-            f"--data_dir {options.data_dir}: this dataset is embedded and reads no files; leave it out"
-        )
+        raise ConfigError(f"--data_dir {options.data_dir}: this dataset is embedded and reads no files; leave it out")
     from sklearn.datasets import load_digits
 
     levels, classes = load_digits(return_X_y=True)
@@ -172,8 +169,8 @@ def read_parquet(source: Source, options: ReadOptions) -> Examples:
     The cache is named after the content of the files, the source's columns and shape, and `max_examples`.
 
     Raises:
-        DataError: There is no such file or no `data_dir`, a column is missing or of another type, or an image is
-            broken or of another size; the message names file and row (from 0).
+        DataError: There is no such file or no `data_dir`, a column is missing or of another type, or an image
+            is broken or of another size; the message names file and row (from 0).
     """
     files = _find_parquet_files(source, options.data_dir)
     try:
@@ -256,32 +253,29 @@ def _build_from_parquet(
 def _open_shard(source: Source, path: Path, scratch: Path) -> _Shard:
     """Open one file through `datasets`, which maps it from disk, and read its label column whole."""
     import datasets
+    import pyarrow.parquet
     from datasets.exceptions import DatasetsError
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
+        if not pyarrow.parquet.read_metadata(path).num_rows:
+            raise DataError(f"{path}: expected images, found no rows")
         # Not load_dataset: that looks at the network even for local files.
         rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(scratch))
     except (DatasetsError, ValueError, OSError) as error:
         reason = error.__cause__ or error
-        raise DataError(
-            f"{path}: expected a Parquet file, found one that cannot be read ({reason})"
-        ) from error
+        raise DataError(f"{path}: expected a Parquet file, found one that cannot be read ({reason})") from error
     finally:
         if shown:
             enable_progress_bars()
-    if not isinstance(rows, datasets.Dataset) or not len(rows):
-        raise DataError(f"{path}: expected images, found no rows")
 
     image_column = _find_column(path, "image", source.image_columns, rows.column_names)
     label_column = _find_column(path, "label", source.label_columns, rows.column_names)
     storage = rows.data.column(image_column).type
     if "bytes" not in {storage.field(i).name for i in range(storage.num_fields)}:
-        raise DataError(
-            f"{path}: column {image_column!r}: expected images as {{bytes, path}}, found {storage}"
-        )
+        raise DataError(f"{path}: column {image_column!r}: expected images as {{bytes, path}}, found {storage}")
 
     column = rows.data.column(label_column)
     if column.null_count or str(column.type) not in {
@@ -304,8 +298,7 @@ def _open_shard(source: Source, path: Path, scratch: Path) -> _Shard:
     outside = np.flatnonzero((labels < 0) | (labels >= len(label_names)))
     if len(outside):
         raise DataError(
-            f"{path}: row {outside[0]}: expected a class from 0 to {len(label_names) - 1}, "
-            f"found {labels[outside[0]]}"
+            f"{path}: row {outside[0]}: expected a class from 0 to {len(label_names) - 1}, found {labels[outside[0]]}"
         )
     return _Shard(path, rows, image_column, labels, label_names)
 
@@ -315,8 +308,7 @@ def _find_column(path: Path, meaning: str, candidates: Sequence[str], found: Seq
         if candidate in found:
             return candidate
     raise DataError(
-        f"{path}: expected the {meaning} in a column named {' or '.join(candidates)}, "
-        f"found columns {list(found)}"
+        f"{path}: expected the {meaning} in a column named {' or '.join(candidates)}, found columns {list(found)}"
     )
 
 
@@ -354,9 +346,7 @@ def _decode(encoded: Sequence[Any], shape: tuple[int, int, int], path: Path, fir
                     pixels = np.asarray(image.convert("RGB" if n_channels == 3 else "L"))
             # All that Pillow's decoders raise on damaged bytes.
             except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-                raise DataError(
-                    f"{place}: expected an image, found bytes that cannot be decoded ({error})"
-                ) from error
+                raise DataError(f"{place}: expected an image, found bytes that cannot be decoded ({error})") from error
             images[i] = pixels.reshape(shape)
     return images
 

@@ -321,13 +321,9 @@ def _check_images(part: str, images: Images, labels: npt.NDArray[np.int64], n_la
             f"found {images.dtype} of shape {images.shape}"
         )
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-        raise DataError(
-            f"{part}: expected {len(images)} integer labels, found {labels.dtype} of shape {labels.shape}"
-        )
+        raise DataError(f"{part}: expected {len(images)} integer labels, found {labels.dtype} of shape {labels.shape}")
     if not 0 <= labels.min() <= labels.max() < n_labels:
-        raise DataError(
-            f"{part}: expected labels 0 to {n_labels - 1}, found {labels.min()} to {labels.max()}"
-        )
+        raise DataError(f"{part}: expected labels 0 to {n_labels - 1}, found {labels.min()} to {labels.max()}")
 
 
 def _read_only(images: Images) -> Images:

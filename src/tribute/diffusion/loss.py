@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 
 def draw_timesteps(
@@ -43,7 +43,7 @@ def denoising_loss(
     References:
         Ho et al. (2020), eq. 14; v-prediction: Salimans and Ho (2022).
     """
-    noisy = noise_schedule.add_noise(clean, noise, timesteps)
+    noisy = noise_schedule.add_noise(clean, noise, timesteps)  # pyright: ignore[reportArgumentType]
     target = prediction_target(noise_schedule, clean, noise, timesteps)
     return F.mse_loss(model(noisy, timesteps, return_dict=False)[0].float(), target)
 
@@ -56,5 +56,5 @@ def prediction_target(
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "v_prediction":
-        return noise_schedule.get_velocity(clean, noise, timesteps)
+        return noise_schedule.get_velocity(clean, noise, timesteps)  # pyright: ignore[reportArgumentType]
     return clean

@@ -14,7 +14,7 @@ from tribute.seeding import torch_stream
 from tribute.types import Images
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
 
 def initial_noise(noise_seed: int, image_idx: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
@@ -26,7 +26,8 @@ def initial_noise(noise_seed: int, image_idx: Sequence[int], shape: tuple[int, i
 
 def build_sampler(config: SampleConfig, noise_schedule: NoiseScheduleConfig) -> Any:
     """A deterministic diffusers sampler: DDIM (Song et al. 2021) or DPM-Solver++ 2M (Lu et al. 2022)."""
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
     schedule = noise_schedule.model_dump()
     if config.num_inference_steps > noise_schedule.num_train_timesteps:

@@ -109,10 +109,8 @@ class Ema:
     @torch.no_grad()
     def update(self, model: torch.nn.Module, step: int) -> None:
         """Move towards the weights after update number `step` (1-based)."""
-        decay = min(
-            self.config.ema_max_decay, 1 - (1 + step / self.config.ema_inv_gamma) ** -self.config.ema_power
-        )
-        torch._foreach_lerp_(self.shadow, list(model.parameters()), 1 - decay)
+        decay = min(self.config.ema_max_decay, 1 - (1 + step / self.config.ema_inv_gamma) ** -self.config.ema_power)
+        torch._foreach_lerp_(self.shadow, list(model.parameters()), 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def state(self) -> dict[str, torch.Tensor]:
         """Averages by parameter name."""
@@ -121,7 +119,8 @@ class Ema:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Replace the averages."""
-        torch._foreach_copy_(self.shadow, [tensors[name] for name in self.names])
+        for average, value in zip(self.shadow, (tensors[name] for name in self.names), strict=True):
+            average.copy_(value)
 
 
 class Trainer:
@@ -217,9 +216,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
             for micro_step in range(config.gradient_accumulation_steps):
-                loss = self._loss(
-                    model, example_idx, config, step * config.gradient_accumulation_steps + micro_step
-                )
+                loss = self._loss(model, example_idx, config, step * config.gradient_accumulation_steps + micro_step)
                 accelerator.backward(loss / config.gradient_accumulation_steps)
                 losses.append(loss.detach())
             accelerator.clip_grad_norm_(raw_model.parameters(), config.max_grad_norm)
@@ -284,9 +281,7 @@ class Trainer:
         mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
         with torch.random.fork_rng(devices=[], enabled=_has_dropout(model)):
             if _has_dropout(model):
-                torch.manual_seed(
-                    stream_seed(config.opt_seed, "dropout", batch_number, accelerator.process_index)
-                )
+                torch.manual_seed(stream_seed(config.opt_seed, "dropout", batch_number, accelerator.process_index))
             with accelerator.autocast():
                 return denoising_loss(model, self.noise_schedule, clean[mine], noise[mine], timesteps[mine])
 

@@ -51,9 +51,7 @@ def mask_from_key(key: str) -> CoalitionMask:
         bits = np.unpackbits(np.frombuffer(members[::-1], np.uint8), bitorder="little").astype(bool)
         if len(members) == -(-n_contributors // 8) and not bits[n_contributors:].any():
             return bits[:n_contributors]
-    raise CoalitionError(
-        f"Expected a coalition key such as '10:03f1', found {key!r}. Use coalition_key's output."
-    )
+    raise CoalitionError(f"Expected a coalition key such as '10:03f1', found {key!r}. Use coalition_key's output.")
 
 
 def mask_from_idx(contributor_idx: Iterable[int], n_contributors: int) -> CoalitionMask:
@@ -67,8 +65,7 @@ def mask_from_idx(contributor_idx: Iterable[int], n_contributors: int) -> Coalit
     for i in idx:
         if isinstance(i, bool) or not isinstance(i, int | np.integer) or not 0 <= i < n_contributors:
             raise CoalitionError(
-                f"Expected contributor indices in [0, {n_contributors}), found {i!r}. "
-                "Check the number of contributors."
+                f"Expected contributor indices in [0, {n_contributors}), found {i!r}. Check the number of contributors."
             )
         if mask[i]:
             raise CoalitionError(f"Expected each contributor once, found index {i} again. Remove the repeat.")
@@ -86,9 +83,7 @@ def grand_coalition(n_contributors: int) -> CoalitionMask:
     return np.ones(check_n_contributors(n_contributors), dtype=bool)
 
 
-def all_coalitions(
-    n_contributors: int, *, include_empty: bool = True, include_grand: bool = True
-) -> CoalitionMasks:
+def all_coalitions(n_contributors: int, *, include_empty: bool = True, include_grand: bool = True) -> CoalitionMasks:
     """List the `2**n_contributors` coalitions; in row r contributor i is present where bit i of r is set.
 
     Args:
@@ -123,14 +118,8 @@ def complement_clusters(masks: CoalitionMasks) -> npt.NDArray[np.intp]:
 
 def check_n_contributors(n_contributors: int) -> int:
     """Return the number of contributors as an int, or raise CoalitionError if it is none or negative."""
-    if (
-        isinstance(n_contributors, bool)
-        or not isinstance(n_contributors, int | np.integer)
-        or n_contributors < 1
-    ):
-        raise CoalitionError(
-            f"Expected at least 1 contributor, found {n_contributors!r}. Name the contributors."
-        )
+    if isinstance(n_contributors, bool) or not isinstance(n_contributors, int | np.integer) or n_contributors < 1:
+        raise CoalitionError(f"Expected at least 1 contributor, found {n_contributors!r}. Name the contributors.")
     return int(n_contributors)
 
 
@@ -143,8 +132,7 @@ def check_masks(masks: CoalitionMasks, *, n_contributors: int | None = None) -> 
     masks = np.asarray(masks)
     if masks.dtype != np.bool_:
         raise CoalitionError(
-            f"Expected masks of dtype bool, found {masks.dtype}. Convert them with .astype(bool) if they are "
-            "0/1."
+            f"Expected masks of dtype bool, found {masks.dtype}. Convert them with .astype(bool) if they are 0/1."
         )
     if masks.ndim != 2 or 0 in masks.shape:
         raise CoalitionError(

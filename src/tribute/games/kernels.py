@@ -118,9 +118,7 @@ def fit_datamodel(
     row_weights = check_weights(weights, len(masks))
     if ridge == 0.0:
         ridge = _leave_one_out_penalty(masks, behaviors, row_weights)
-    return _fit_additive(
-        "datamodel", "ridge", masks, behaviors, row_weights, ridge, interval, n_bootstrap, seed
-    )
+    return _fit_additive("datamodel", "ridge", masks, behaviors, row_weights, ridge, interval, n_bootstrap, seed)
 
 
 def fit_banzhaf(
@@ -170,9 +168,7 @@ def fit_banzhaf(
                 "coalitions of removal_dist 'uniform', use fit_datamodel, or pass ridge > 0."
             )
         require_identified(_additive_regression(masks, row_weights), np.eye(masks.shape[1]), names)
-    return _fit_additive(
-        "banzhaf", "least_squares", masks, behaviors, row_weights, ridge, interval, n_bootstrap, seed
-    )
+    return _fit_additive("banzhaf", "least_squares", masks, behaviors, row_weights, ridge, interval, n_bootstrap, seed)
 
 
 def fit_loo(
@@ -265,9 +261,7 @@ def _additive_regression(
 ) -> Regression:
     """Regression on presence, coded as +-1/2, beside an intercept."""
     weights = np.ones(len(masks)) if row_weights is None else row_weights
-    return Regression.factorise(
-        np.where(masks[rows], 0.5, -0.5), np.ones((len(masks), 1))[rows], weights[rows]
-    )
+    return Regression.factorise(np.where(masks[rows], 0.5, -0.5), np.ones((len(masks), 1))[rows], weights[rows])
 
 
 def _standardised(behaviors: Behaviors) -> tuple[Array, float]:

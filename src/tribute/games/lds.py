@@ -129,9 +129,7 @@ def lds(
         ConfigError: `n_bootstrap` or `level` is out of range.
     """
     test_masks = check_masks(test_masks, n_contributors=attributions.n_contributors)
-    behaviors = _checked_test_behaviors(
-        np.atleast_2d(np.asarray(test_behaviors, dtype=np.float64)), len(test_masks)
-    )
+    behaviors = _checked_test_behaviors(np.atleast_2d(np.asarray(test_behaviors, dtype=np.float64)), len(test_masks))
     _check_bootstrap(n_bootstrap, level)
     seen = sorted(attributions.fit_keys.intersection(coalition_keys(test_masks)))
     if seen:
@@ -140,9 +138,7 @@ def lds(
             f"{seen[0]}. Drop those fit coalitions with disjoint_from and fit again."
         )
     if not np.isfinite(attributions.values).all():
-        raise FitError(
-            "Expected finite attributions, found NaN or infinity. Fit them again on finite behaviors."
-        )
+        raise FitError("Expected finite attributions, found NaN or infinity. Fit them again on finite behaviors.")
 
     # The intercept has no rank; rounding keeps equal predictions equal whatever the order of summation.
     credit = np.abs(attributions.values).sum() or 1.0
@@ -161,9 +157,7 @@ def lds(
         averaged_interval=_interval(resampled[-1], level),
         n_test=len(test_masks),
         level=level,
-        undefined_reason=_undefined_reason(
-            {"predictions": predictions[None], "behaviors": targets}, interval
-        ),
+        undefined_reason=_undefined_reason({"predictions": predictions[None], "behaviors": targets}, interval),
     )
 
 
@@ -196,9 +190,7 @@ def lds_ceiling(
     first, second = np.array(list(combinations(range(len(behaviors)), 2))).T
     per_pair = rank_correlation(behaviors[first], behaviors[second])
     resampled = behaviors[:, _bootstrap_rows(behaviors.shape[1], n_bootstrap, seed)]
-    pairs = np.array(
-        [rank_correlation(resampled[i], resampled[j]) for i, j in zip(first, second, strict=True)]
-    )
+    pairs = np.array([rank_correlation(resampled[i], resampled[j]) for i, j in zip(first, second, strict=True)])
     interval = _interval(pairs.mean(axis=0), level)
     return LDSCeiling(
         value=float(per_pair.mean()),
@@ -269,9 +261,7 @@ def lds_convergence(
         except FitError as error:
             entries.append(LDSAtSize(size, None, str(error)))
             continue
-        result = lds(
-            attributions, test_masks, test_behaviors, n_bootstrap=n_bootstrap, seed=seed, level=level
-        )
+        result = lds(attributions, test_masks, test_behaviors, n_bootstrap=n_bootstrap, seed=seed, level=level)
         entries.append(LDSAtSize(size, result))
     return entries
 
@@ -295,8 +285,7 @@ def _checked_test_behaviors(behaviors: Array, n_test: int) -> Array:
         )
     if n_test < MIN_TEST_COALITIONS:
         raise FitError(
-            f"Expected at least {MIN_TEST_COALITIONS} test coalitions, found {n_test}. Retrain on more "
-            "coalitions."
+            f"Expected at least {MIN_TEST_COALITIONS} test coalitions, found {n_test}. Retrain on more coalitions."
         )
     check_finite(behaviors)
     return behaviors

@@ -82,9 +82,7 @@ def draw_coalition(
     dist = canonical_removal_dist(removal_dist)
     n_contributors = check_n_contributors(n_contributors)
     if isinstance(removal_seed, bool) or not isinstance(removal_seed, int | np.integer) or removal_seed < 0:
-        raise ConfigError(
-            f"Expected removal_seed to be an integer >= 0, found {removal_seed!r}. Pass 0, 1, ..."
-        )
+        raise ConfigError(f"Expected removal_seed to be an integer >= 0, found {removal_seed!r}. Pass 0, 1, ...")
     if dist is None:
         return grand_coalition(n_contributors)
     if dist == "empty":
@@ -128,8 +126,7 @@ def draw_coalitions(
 ) -> CoalitionMasks:
     """Draw one coalition per seed, `(n_seeds, n_contributors)`; see `draw_coalition`."""
     masks = [
-        draw_coalition(removal_dist, n_contributors, seed, datamodel_alpha=datamodel_alpha)
-        for seed in removal_seeds
+        draw_coalition(removal_dist, n_contributors, seed, datamodel_alpha=datamodel_alpha) for seed in removal_seeds
     ]
     return np.array(masks, dtype=bool).reshape(len(masks), n_contributors)
 
@@ -137,8 +134,7 @@ def draw_coalitions(
 def _datamodel_size(datamodel_alpha: float, n_contributors: int) -> int:
     if not 0.0 < datamodel_alpha < 1.0:
         raise ConfigError(
-            f"Expected datamodel_alpha in (0, 1), found {datamodel_alpha}. It is the fraction of "
-            "contributors kept."
+            f"Expected datamodel_alpha in (0, 1), found {datamodel_alpha}. It is the fraction of contributors kept."
         )
     size = int(datamodel_alpha * n_contributors)
     if size == 0:

@@ -378,8 +378,7 @@ def check_names(contributor_names: Sequence[str] | None, n_contributors: int) ->
     """Return the names, or raise ConfigError unless there is one per contributor."""
     if contributor_names is not None and len(contributor_names) != n_contributors:
         raise ConfigError(
-            f"Expected {n_contributors} contributor_names, found {len(contributor_names)}. Pass one per "
-            "contributor."
+            f"Expected {n_contributors} contributor_names, found {len(contributor_names)}. Pass one per contributor."
         )
     return contributor_names
 

@@ -11,32 +11,36 @@ from tribute.errors import ConfigError
 from tribute.seeding import stream_seed
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 
-def build_unet(config: UNetConfig, *, opt_seed: int = 0) -> UNet2DModel:
+def build_unet(config: UNetConfig, *, opt_seed: int = 0, device: torch.device | str = "cpu") -> UNet2DModel:
     """Build a UNet with random weights; the process's own random state is left alone.
 
     Args:
         config: The architecture.
         opt_seed: Root seed of the initial weights.
+        device: Where the model ends; the weights are drawn on the CPU.
 
     Raises:
         ConfigError: diffusers refuses the architecture.
     """
-    from diffusers import UNet2DModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(opt_seed, "initial weights"))
         try:
-            return UNet2DModel(**config.model_dump())
+            model = UNet2DModel(**config.model_dump())
         except ValueError as error:
             raise ConfigError(f"unet: diffusers refuses this architecture: {error}") from error
+    torch.nn.Module.to(model, device)
+    return model
 
 
 def build_noise_schedule(config: NoiseScheduleConfig) -> DDPMScheduler:
     """The forward process of training, as a diffusers scheduler."""
-    from diffusers import DDPMScheduler
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     return DDPMScheduler(**config.model_dump())
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -25,13 +24,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tribute.config import UNetConfig
 from tribute.errors import CheckpointError
 from tribute.files import sha256_of_file, write_whole_dir
 
 if TYPE_CHECKING:
-    import torch
-    from diffusers import UNet2DModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
 logger = logging.getLogger(__name__)
 
@@ -159,9 +159,7 @@ def load_checkpoint(path: Path, *, with_training_state: bool = False) -> Checkpo
             raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one in config.json")
     missing = {"unet.safetensors", "ema.safetensors"} - set(files)
     if missing:
-        raise CheckpointError(
-            f"{path} is incomplete: {', '.join(sorted(missing))} is not listed in config.json"
-        )
+        raise CheckpointError(f"{path} is incomplete: {', '.join(sorted(missing))} is not listed in config.json")
     return Checkpoint(
         path=path,
         meta=meta,
@@ -196,7 +194,7 @@ def keep_aside(path: Path) -> Path:
     while aside.exists():
         number += 1
         aside = path.with_name(f"{path.name}.damaged-{number}")
-    os.replace(path, aside)
+    path.replace(aside)
     return aside
 
 
@@ -215,9 +213,7 @@ def resolve_checkpoint(path: Path) -> Path:
             "as written by main.py or prune.py"
         )
     if path.is_file():
-        kind = (
-            "a pickle, which can run code when it is loaded" if path.suffix in _PICKLE_SUFFIXES else "a file"
-        )
+        kind = "a pickle, which can run code when it is loaded" if path.suffix in _PICKLE_SUFFIXES else "a file"
         raise CheckpointError(
             f"{path} is {kind}; expected a checkpoint folder of safetensors and JSON written by Tribute"
         )
@@ -235,7 +231,7 @@ def resolve_checkpoint(path: Path) -> Path:
     raise CheckpointError(f"{path} holds no checkpoint; expected a folder named like {ckpt_name(20000)}")
 
 
-def build_model(checkpoint: Checkpoint, *, use_ema: bool = True) -> UNet2DModel:
+def build_model(checkpoint: Checkpoint, *, use_ema: bool = True, device: torch.device | str = "cpu") -> UNet2DModel:
     """Rebuild the model of a checkpoint, pruned or not, in evaluation mode.
 
     Raises:
@@ -248,6 +244,7 @@ def build_model(checkpoint: Checkpoint, *, use_ema: bool = True) -> UNet2DModel:
     if checkpoint.pruning is not None:
         apply_recipe(model, checkpoint.pruning)
     load_weights(model, checkpoint.ema if use_ema else checkpoint.unet, where=checkpoint.path)
+    torch.nn.Module.to(model, device)
     return model.eval()
 
 
@@ -256,9 +253,7 @@ def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], *,
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if expected != found:
-        wrong = sorted(
-            name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
-        )
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         name = wrong[0]
         raise CheckpointError(
             f"{where} belongs to another architecture: {len(wrong)} tensors differ, e.g. {name}: "

@@ -23,7 +23,7 @@ from tribute.models.build import count_parameters
 from tribute.seeding import stream_seed
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
 RECIPE_VERSION = 1
 _N_GRADIENT_TIMESTEPS = 100
@@ -80,9 +80,7 @@ def prune_unet(
         torch.manual_seed(stream_seed(config.seed, "pruner"))
         if config.pruner in ("taylor", "diff-pruning"):
             if loss_at is None:
-                raise ConfigError(
-                    f"pruner {config.pruner} scores channels by gradients: expected loss_at, found None"
-                )
+                raise ConfigError(f"pruner {config.pruner} scores channels by gradients: expected loss_at, found None")
             _accumulate_gradients(model, config, loss_at, n_timesteps)
             importance = tp.importance.TaylorImportance(multivariable=config.pruner == "diff-pruning")
         elif config.pruner == "magnitude":
@@ -91,7 +89,7 @@ def prune_unet(
             importance = tp.importance.RandomImportance()
         pruner = tp.pruner.MagnitudePruner(
             model,
-            example,
+            example,  # pyright: ignore[reportArgumentType]  # a mapping of keyword inputs, as its documentation says
             importance=importance,
             iterative_steps=1,
             pruning_ratio=config.pruning_ratio,
@@ -129,16 +127,13 @@ def apply_recipe(model: UNet2DModel, recipe: dict[str, Any]) -> None:
     """
     if recipe.get("version", 0) > RECIPE_VERSION:
         raise CheckpointError(
-            f"pruning.json has version {recipe['version']}, this version reads up to {RECIPE_VERSION}; "
-            "upgrade Tribute"
+            f"pruning.json has version {recipe['version']}, this version reads up to {RECIPE_VERSION}; upgrade Tribute"
         )
     for name, width in recipe["widths"].items():
         try:
             layer = model.get_submodule(name)
         except AttributeError as error:
-            raise CheckpointError(
-                f"pruning.json names a layer that this architecture lacks: {name}"
-            ) from error
+            raise CheckpointError(f"pruning.json names a layer that this architecture lacks: {name}") from error
         if isinstance(layer, nn.Conv2d):
             _resize_conv(layer, *width)
         elif isinstance(layer, nn.Linear):
@@ -154,7 +149,7 @@ def count_macs(model: UNet2DModel) -> int:
 
     was_training = model.training
     with contextlib.redirect_stdout(io.StringIO()):  # it warns on stdout about keyword inputs
-        macs, _ = tp.utils.count_ops_and_params(model.eval(), _example_inputs(model))
+        macs = tp.utils.count_ops_and_params(model.eval(), _example_inputs(model))[0]
     model.train(was_training)
     return int(macs)
 
@@ -178,12 +173,14 @@ def _num_heads(model: nn.Module) -> dict[nn.Module, int]:
         for module in model.modules()
         if isinstance(module, Attention)
         for layer in (module.to_q, module.to_k, module.to_v)
+        if layer is not None
     }
 
 
 def _update_resamplers(model: nn.Module) -> None:
     """Resamplers check their input against `channels` in the forward pass."""
-    from diffusers.models.resnet import Downsample2D, Upsample2D
+    from diffusers.models.downsampling import Downsample2D
+    from diffusers.models.upsampling import Upsample2D
 
     for module in model.modules():
         if isinstance(module, Downsample2D | Upsample2D) and isinstance(module.conv, nn.Conv2d):

@@ -126,9 +126,7 @@ def import_jsonl(
         MixedResultsError: A line contradicts another one, the store, or the arguments.
     """
     owners = None if contributor_of_example is None else _example_owners(contributor_of_example)
-    reader = _LineReader(
-        store, study_name, None if contributor_names is None else tuple(contributor_names), owners
-    )
+    reader = _LineReader(store, study_name, None if contributor_names is None else tuple(contributor_names), owners)
     results: dict[Study, list[FinishedEvaluation]] = {}
     seen: dict[tuple[Study, str], tuple[int, Mapping[str, float]]] = {}
     for number, text in _lines(Path(path)):
@@ -148,9 +146,7 @@ def import_jsonl(
     return store.add_finished(results)
 
 
-def export_csv(
-    store: Store, path: str | Path, *, study_id: int | None = None, **filters: Unpack[Filters]
-) -> int:
+def export_csv(store: Store, path: str | Path, *, study_id: int | None = None, **filters: Unpack[Filters]) -> int:
     """Write the finished evaluations that match as a flat table, one row per evaluation.
 
     `present_idx` lists the contributors that are present, separated by spaces; behaviors have one column
@@ -276,9 +272,7 @@ class _LineReader:
             for name in _get(extra, "contributor_names", list)
         ]
         numbers = _indices(extra, "n_examples") or []
-        study = Study(
-            _get(extra, "study", str), dataset, tuple(names), tuple(numbers), _get(extra, "fingerprint", str)
-        )
+        study = Study(_get(extra, "study", str), dataset, tuple(names), tuple(numbers), _get(extra, "fingerprint", str))
         if self.contributor_names not in (None, study.contributor_names):
             raise MixedResultsError(
                 f"the contributors given are {list(self.contributor_names or ())[:5]}; the line has "
@@ -470,9 +464,7 @@ def _number(record: Mapping[str, Any], key: str) -> float | None:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise StoreError(
-            f"{key!r} must be a finite number; found {value!r}. Remove the line, or measure it again"
-        )
+        raise StoreError(f"{key!r} must be a finite number; found {value!r}. Remove the line, or measure it again")
     return number
 
 
@@ -508,9 +500,7 @@ def _at_line(path: Path, number: int) -> Iterator[None]:
     try:
         yield
     except TributeError as error:
-        raise type(error)(
-            f"{path}, line {number}: {str(error).rstrip('.')}. Nothing was imported."
-        ) from error
+        raise type(error)(f"{path}, line {number}: {str(error).rstrip('.')}. Nothing was imported.") from error
 
 
 @contextmanager

@@ -380,9 +380,7 @@ class Store:
         Raises:
             MixedResultsError: The study exists with other contributors.
         """
-        asked = Study(
-            name, dataset, tuple(contributor_names), tuple(int(n) for n in n_examples), fingerprint, config
-        )
+        asked = Study(name, dataset, tuple(contributor_names), tuple(int(n) for n in n_examples), fingerprint, config)
         with self._write() as connection:
             return _open_study(connection, asked)
 
@@ -599,9 +597,7 @@ class Store:
     def counts(self, study_id: int | None = None, **filters: Unpack[Filters]) -> dict[Status, int]:
         """Number of evaluations by status; every status occurs."""
         where = _where(study_id, filters)
-        query = (
-            select(evaluation.c.status, func.count().label("n")).where(*where).group_by(evaluation.c.status)
-        )
+        query = select(evaluation.c.status, func.count().label("n")).where(*where).group_by(evaluation.c.status)
         with self._read() as connection:
             found = {row.status: row.n for row in connection.execute(query)}
         return {status: found.get(status, 0) for status in get_args(Status)}
@@ -611,9 +607,7 @@ class Store:
         where = _where(study_id, filters)
         values: dict[int, dict[str, float]] = {}
         definitions: dict[int, dict[str, Any]] = {}
-        measured = (
-            select(behavior).join(evaluation, evaluation.c.id == behavior.c.evaluation_id).where(*where)
-        )
+        measured = select(behavior).join(evaluation, evaluation.c.id == behavior.c.evaluation_id).where(*where)
         with self._read() as connection:
             rows = connection.execute(select(evaluation).where(*where).order_by(evaluation.c.id)).all()
             for row in connection.execute(measured.order_by(behavior.c.name)):
@@ -640,9 +634,7 @@ class Store:
             for row in rows
         ]
 
-    def read(
-        self, *, behavior_name: str, study_id: int | None = None, **filters: Unpack[Filters]
-    ) -> EvaluationTable:
+    def read(self, *, behavior_name: str, study_id: int | None = None, **filters: Unpack[Filters]) -> EvaluationTable:
         """One behavior of the finished evaluations that match, as arrays.
 
         Returns:
@@ -661,9 +653,7 @@ class Store:
             rows = list(connection.execute(query))
             contents = "" if rows else _contents(connection)
         # Sorted here, because databases disagree on where NULL goes.
-        rows.sort(
-            key=lambda row: (-1 if row.removal_seed is None else row.removal_seed, row.opt_seed, row.id)
-        )
+        rows.sort(key=lambda row: (-1 if row.removal_seed is None else row.removal_seed, row.opt_seed, row.id))
         studies = sorted({row.study_id for row in rows})
         if len(studies) > 1:
             raise MixedResultsError(
@@ -711,9 +701,7 @@ class Store:
         with self._write() as connection:
             _lock_study(connection, study_id)
             replaced = connection.execute(
-                update(artifact)
-                .where(*(artifact.c[name] == value for name, value in key.items()))
-                .values(content)
+                update(artifact).where(*(artifact.c[name] == value for name, value in key.items())).values(content)
             )
             if not replaced.rowcount:
                 connection.execute(insert(artifact).values(**key, **content))
@@ -790,12 +778,8 @@ def _open_study(connection: Connection, asked: Study) -> int:
 
 
 def _contributors(connection: Connection, study_id: int) -> list[Contributor]:
-    query = (
-        select(contributor).where(contributor.c.study_id == study_id).order_by(contributor.c.contributor_idx)
-    )
-    return [
-        Contributor(r.contributor_idx, r.contributor_name, r.n_examples) for r in connection.execute(query)
-    ]
+    query = select(contributor).where(contributor.c.study_id == study_id).order_by(contributor.c.contributor_idx)
+    return [Contributor(r.contributor_idx, r.contributor_name, r.n_examples) for r in connection.execute(query)]
 
 
 def _shown_contributors(members: Sequence[Contributor]) -> str:
@@ -856,9 +840,7 @@ def _by_identity(connection: Connection, study_id: int, identities: Sequence[str
     query = select(evaluation.c.identity, evaluation.c.id, evaluation.c.role)
     for start in range(0, len(identities), _CHUNK):
         chunk = identities[start : start + _CHUNK]
-        rows = connection.execute(
-            query.where(evaluation.c.study_id == study_id, evaluation.c.identity.in_(chunk))
-        )
+        rows = connection.execute(query.where(evaluation.c.study_id == study_id, evaluation.c.identity.in_(chunk)))
         found |= {row.identity: row for row in rows}
     return found
 
@@ -915,9 +897,7 @@ def _lost(claimed: ClaimedEvaluation, row: Row | None) -> StoreError:
     if row is None:
         state = "is not in the store any more"
     else:
-        state = f"is {row.status}" + (
-            "" if row.owner is None else f", last claimed by {_shown_owner(row.owner)}"
-        )
+        state = f"is {row.status}" + ("" if row.owner is None else f", last claimed by {_shown_owner(row.owner)}")
     return StoreError(
         f"Evaluation {claimed.evaluation_id} was expected to be running under this claim; it {state}. "
         f"Its lease of {claimed.lease_seconds:.0f} s ran out, or it was given back: nothing was written. "
@@ -954,9 +934,7 @@ def _check_same_values(connection: Connection, evaluation_id: int, result: Finis
         )
 
 
-def _write_result(
-    connection: Connection, evaluation_id: int, result: FinishedEvaluation, **columns: Any
-) -> None:
+def _write_result(connection: Connection, evaluation_id: int, result: FinishedEvaluation, **columns: Any) -> None:
     """Finish an evaluation with its behaviors; `columns` are further columns to set."""
     connection.execute(
         update(evaluation)
@@ -988,9 +966,7 @@ def _write_result(
 def _one_definition(behavior_name: str, rows: Sequence[Row]) -> dict[str, Any] | None:
     """The definition that all rows share; those without one are taken to agree."""
     found = {
-        _canonical_json(row.definition, "definition"): row.definition
-        for row in rows
-        if row.definition is not None
+        _canonical_json(row.definition, "definition"): row.definition for row in rows if row.definition is not None
     }
     if len(found) > 1:
         first, second = list(found)[:2]

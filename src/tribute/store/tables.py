@@ -94,9 +94,7 @@ evaluation = Table(
     Column("status", String(8), nullable=False),
     Column("attempts", Integer, nullable=False),
     Column("error", Text),
-    Column(
-        "owner", JSON(none_as_null=True)
-    ),  # the process that claimed it: host, boot, namespace, pid, start
+    Column("owner", JSON(none_as_null=True)),  # the process that claimed it: host, boot, namespace, pid, start
     Column("owner_token", String(32)),
     Column("lease_expires", Double),
     Column("created", Double, nullable=False),
@@ -240,9 +238,7 @@ def _check_file(file: Path, *, create: bool) -> None:
     if file.is_dir():
         raise StoreError(f"{expected}; {file} is a directory. Give a file in it, e.g. {file / 'results.db'}.")
     if not create and not file.exists():
-        raise StoreError(
-            f"{expected}; {file} does not exist. Check the path, or run the step that writes it."
-        )
+        raise StoreError(f"{expected}; {file} does not exist. Check the path, or run the step that writes it.")
     try:
         if create:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -252,9 +248,7 @@ def _check_file(file: Path, *, create: bool) -> None:
             f"{expected}; the folder of {file} cannot be made: {error.strerror}. Give another path."
         ) from error
     if create and not os.access(place, os.W_OK):
-        raise StoreError(
-            f"{expected}; {place} is not writable. Change its permissions, or give another path."
-        )
+        raise StoreError(f"{expected}; {place} is not writable. Change its permissions, or give another path.")
     mounts = Path("/proc/self/mounts")
     kind = network_file_system(file.resolve(), mounts.read_text()) if mounts.exists() else None
     if kind is not None:

@@ -18,9 +18,7 @@ MAX_ATTEMPTS = 3
 class Executor(Protocol):
     """Measures evaluations until none is left."""
 
-    def run(
-        self, store: Store, study_id: int, *, on_done: Callable[[ClaimedEvaluation, Evaluation], None]
-    ) -> int:
+    def run(self, store: Store, study_id: int, *, on_done: Callable[[ClaimedEvaluation, Evaluation], None]) -> int:
         """Work through the study; returns the number of evaluations finished here."""
         ...
 
@@ -53,9 +51,7 @@ class SerialExecutor:
         self.max_attempts = max_attempts
         self.filters: dict[str, Any] = {"roles": roles, "evaluation_ids": evaluation_ids}
 
-    def run(
-        self, store: Store, study_id: int, *, on_done: Callable[[ClaimedEvaluation, Evaluation], None]
-    ) -> int:
+    def run(self, store: Store, study_id: int, *, on_done: Callable[[ClaimedEvaluation, Evaluation], None]) -> int:
         """Work until nothing is claimable; an interruption gives the evaluation in hand back.
 
         An evaluation that fails is tried `max_attempts` times in all, then set aside as failed; the rest goes on.

@@ -76,9 +76,7 @@ def attributions_csv(result: StudyResult) -> str:
             for i, name in enumerate(result.contributor_names):
                 numbers = [fitted.values[i], fitted.standard_errors[i], *intervals[i], share[i]]
                 texts = ["" if not math.isfinite(x) else f"{x:.8g}" for x in numbers]
-                writer.writerow(
-                    [item.name, kernel, fitted.estimator, _plain(name), result.n_examples[i], *texts]
-                )
+                writer.writerow([item.name, kernel, fitted.estimator, _plain(name), result.n_examples[i], *texts])
     return text.getvalue()
 
 
@@ -97,9 +95,7 @@ def summary(result: StudyResult) -> dict[str, Any]:
             "v_grand": item.end_points.grand.tolist(),
             "n_fit_coalitions": len(item.fit_behaviors),
             "n_test_coalitions": 0 if item.test_masks is None else len(item.test_masks),
-            "attributions": {
-                kernel: _attributions_json(fitted) for kernel, fitted in item.attributions.items()
-            },
+            "attributions": {kernel: _attributions_json(fitted) for kernel, fitted in item.attributions.items()},
             "not_fitted": item.unfitted,
             "lds": {
                 kernel: _lds_json(validation.score, validation.ceiling)
@@ -221,12 +217,11 @@ def _plot_attributions(result: StudyResult) -> bytes:
 
 def _plot_lds(result: StudyResult) -> bytes:
     """Predicted against measured behavior of the retrained test models, one panel per behavior."""
-    shown = [
-        item for item in result.behaviors if "shapley" in item.validations and item.test_masks is not None
-    ]
+    shown = [item for item in result.behaviors if "shapley" in item.validations and item.test_masks is not None]
     figure, axes = _figure(1, max(1, len(shown)), 1.0 + 4.4 * max(1, len(shown)), 4.4)
     for axis, item in zip(axes[0], shown, strict=False):
         fitted, score = item.attributions["shapley"], item.validations["shapley"].score
+        assert item.test_masks is not None
         predicted = fitted.predict(item.test_masks)
         for behaviors in item.test_behaviors:
             axis.scatter(predicted, behaviors, s=14, color=_ACCENT, alpha=0.35, linewidths=0)

@@ -46,9 +46,7 @@ def _commit() -> str | None:
 
 def _git(folder: Path, *arguments: str) -> str:
     """Output of a git command."""
-    done = subprocess.run(
-        ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
-    )
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
     return done.stdout.strip()
 
 

@@ -145,9 +145,7 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult:
     }
     settings = {
         "gd": worker.settings(sampling, train=sft, start=sparse.model_hash, use_ema=sampling.use_ema),
-        "retrain": worker.settings(
-            sampling, train=retrain, start=preset.unet.fingerprint(), use_ema=sampling.use_ema
-        ),
+        "retrain": worker.settings(sampling, train=retrain, start=preset.unet.fingerprint(), use_ema=sampling.use_ema),
     }
     specs = list(plan_evaluations(config, table.n_contributors, settings))
     with Store.open(config.db_url) as store:
@@ -198,9 +196,7 @@ def claim_run_dir(config: StudyConfig) -> None:
     try:
         write_whole(path, config.to_yaml())
     except OSError as error:
-        raise StoreError(
-            f"the run folder {config.run_dir} is not writable ({error}); set another outdir"
-        ) from error
+        raise StoreError(f"the run folder {config.run_dir} is not writable ({error}); set another outdir") from error
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -385,15 +381,14 @@ def _evaluate(
     listener: Listener,
 ) -> None:
     """Measure every evaluation that is still to be measured."""
-    wanted = {"evaluation_ids": evaluation_ids}
-    store.retry(study_id, **wanted)
+    store.retry(study_id, evaluation_ids=evaluation_ids)
     n_total = len(evaluation_ids)
-    n_before = store.counts(study_id, **wanted)["finished"]
+    n_before = store.counts(study_id, evaluation_ids=evaluation_ids)["finished"]
     listener.stage("Coalitions")
     if n_before:
         listener.message(f"{n_before} of {n_total} evaluations are done already")
     remaining = {
-        method: len(store.find(study_id, method=method, statuses=("pending", "running"), **wanted))
+        method: len(store.find(study_id, method=method, statuses=("pending", "running"), evaluation_ids=evaluation_ids))
         for method in value_functions
     }
     spent: dict[str, list[float]] = {method: [] for method in value_functions}
@@ -430,7 +425,7 @@ def _evaluate(
         evaluation_ids=evaluation_ids,
     )
     executor.run(store, study_id, on_done=on_done)
-    failed = store.find(study_id, statuses=("failed",), **wanted)
+    failed = store.find(study_id, statuses=("failed",), evaluation_ids=evaluation_ids)
     if failed:
         listener.message(f"{len(failed)} evaluations failed, e.g. {failed[0].error}")
 
@@ -453,9 +448,7 @@ def summarise_behavior(
     """Attributions by every kernel and their LDS, from the store."""
 
     def read(role: str) -> EvaluationTable:
-        return store.read(
-            behavior_name=behavior_name, study_id=study_id, role=role, evaluation_ids=evaluation_ids
-        )
+        return store.read(behavior_name=behavior_name, study_id=study_id, role=role, evaluation_ids=evaluation_ids)
 
     empty, grand, fit, loo, test = (read(role) for role in ("empty", "grand", "fit", "loo", "test"))
     if not (len(empty) and len(grand) and len(fit)):
@@ -490,7 +483,7 @@ def summarise_behavior(
                 contributor_names=contributor_names,
                 **({} if estimator is None else {"estimator": estimator}),
             )
-            if test_masks is not None and len(test_masks) >= 3:
+            if test_masks is not None and test_behaviors is not None and len(test_masks) >= 3:
                 validations[name] = validate(attributions[name], test_masks, test_behaviors)
         except FitError as error:
             unfitted[name] = str(error)

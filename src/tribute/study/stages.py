@@ -140,7 +140,7 @@ def prune_model(
                 f"{found.meta.get('identity')}, asked {identity}. Use another --outdir"
             )
         return found, None
-    model = build_model(full).to(worker.trainer.device)
+    model = build_model(full, device=worker.trainer.device)
     result = prune_unet(
         model,
         config,
@@ -160,9 +160,7 @@ def prune_model(
     return load_checkpoint(path), result
 
 
-def _pruning_loss(
-    worker: Worker, model: torch.nn.Module, config: PruneConfig
-) -> Callable[[int], torch.Tensor]:
+def _pruning_loss(worker: Worker, model: torch.nn.Module, config: PruneConfig) -> Callable[[int], torch.Tensor]:
     """Mean loss on fixed training images and noise at one timestep."""
     n_images = min(config.batch_size, worker.data.n_examples)
     rows = np.sort(numpy_stream(config.seed, "pruning images").permutation(worker.data.n_examples)[:n_images])
@@ -310,9 +308,7 @@ def split_by_seed(
     return masks[kept], np.array(columns).T
 
 
-def without_tested(
-    masks: CoalitionMasks, behaviors: Behaviors, test_masks: CoalitionMasks
-) -> tuple[Any, Any, int]:
+def without_tested(masks: CoalitionMasks, behaviors: Behaviors, test_masks: CoalitionMasks) -> tuple[Any, Any, int]:
     """Leave out the fit coalitions that are test coalitions, too; returns masks, behaviors and how many."""
     keep = disjoint_from(masks, test_masks)
     return masks[keep], behaviors[keep], int((~keep).sum())

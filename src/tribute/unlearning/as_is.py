@@ -21,7 +21,7 @@ class AsIs:
 
     def __init__(self, checkpoint: Checkpoint, *, use_ema: bool = True, device: str = "cpu") -> None:
         self.checkpoint = checkpoint
-        self._model = build_model(checkpoint, use_ema=use_ema).to(device)
+        self._model = build_model(checkpoint, use_ema=use_ema, device=device)
 
     def obtain(self, coalition_mask: CoalitionMask, *, opt_seed: int) -> CoalitionModel:
         """The checkpoint's model; the empty coalition yields the untrained network of its architecture."""

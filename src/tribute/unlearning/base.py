@@ -9,7 +9,7 @@ from tribute.errors import ConfigError, NotImplementedYet
 from tribute.types import CoalitionMask
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
 METHODS = ("gd", "retrain")
 """Methods that this version provides."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from tribute.config import TrainConfig
 from tribute.data.contributors import ContributorTable
 from tribute.diffusion.train import CheckpointPolicy, Trainer
@@ -47,7 +45,7 @@ class FineTuning:
         self.config = config
         self.use_ema = use_ema
         self.checkpoints = checkpoints
-        self._model = build_model(checkpoint, use_ema=use_ema).to(trainer.device)
+        self._model = build_model(checkpoint, use_ema=use_ema, device=trainer.device)
         self._start = {name: value.clone() for name, value in self._model.state_dict().items()}
 
     def obtain(self, coalition_mask: CoalitionMask, *, opt_seed: int) -> CoalitionModel:

@@ -40,7 +40,7 @@ class Retraining:
 
     def obtain(self, coalition_mask: CoalitionMask, *, opt_seed: int) -> CoalitionModel:
         """A model trained from random weights for `config.n_steps` updates."""
-        model = build_unet(self.unet, opt_seed=opt_seed).to(self.trainer.device)
+        model = build_unet(self.unet, opt_seed=opt_seed, device=self.trainer.device)
         if not coalition_mask.any():
             return CoalitionModel(model.eval(), 0, 0.0)
         result = self.trainer.train(
