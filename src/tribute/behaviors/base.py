@@ -126,9 +126,7 @@ class Reference:
         frozen = content_hash(*(part for name in sorted(arrays) for part in (name, arrays[name])))
         facts = {"fingerprint": self.fingerprint, "extractor": self.extractor_fingerprint, "frozen": frozen}
         if not write_artifact(folder, arrays, facts):
-            raise BehaviorError(
-                f"{folder} exists; a frozen reference is never overwritten. Choose another folder."
-            )
+            raise BehaviorError(f"{folder} exists; a frozen reference is never overwritten. Choose another folder.")
         return frozen
 
     @classmethod
@@ -146,9 +144,7 @@ class Reference:
         if len(embeddings) != len(images):
             found = f"{len(images)} images, frozen with {len(embeddings)}"
         else:
-            reference = cls(
-                Features(images, embeddings, probabilities), extractor_fingerprint=facts["extractor"]
-            )
+            reference = cls(Features(images, embeddings, probabilities), extractor_fingerprint=facts["extractor"])
             found = f"fingerprint {reference.fingerprint[:12]}, frozen with {facts['fingerprint'][:12]}"
             if reference.fingerprint == facts["fingerprint"]:
                 for name, array in arrays.items():
@@ -221,9 +217,7 @@ def behavior_names() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def register_behavior(
-    name: str, factory: str | Callable[[], ModelBehavior], *, aliases: Sequence[str] = ()
-) -> None:
+def register_behavior(name: str, factory: str | Callable[[], ModelBehavior], *, aliases: Sequence[str] = ()) -> None:
     """Make a behavior known by name.
 
     Args:
@@ -313,8 +307,7 @@ def _import_attribute(location: str) -> Callable[..., Any]:
         ) from error
     if not callable(found):
         raise BehaviorError(
-            f"Behavior {location!r} must be a function of images; found {type(found).__name__}. Name a "
-            "function."
+            f"Behavior {location!r} must be a function of images; found {type(found).__name__}. Name a function."
         )
     return found
 
@@ -357,9 +350,7 @@ def measure_behaviors(
     check_images(images)
     names = [behavior.name for behavior in behaviors]
     if len(set(names)) < len(names):
-        raise ConfigError(
-            f"Each behavior is measured once; found {', '.join(names)}. Remove the repeated ones."
-        )
+        raise ConfigError(f"Each behavior is measured once; found {', '.join(names)}. Remove the repeated ones.")
     for behavior in behaviors:
         if len(images) < behavior.min_images:
             raise BehaviorError(
@@ -389,9 +380,7 @@ def _features(
     needy = [behavior.name for behavior in behaviors if behavior.uses_features]
     if not needy:
         empty = Features(images, np.empty((len(images), 0), np.float32))
-        return empty, reference or Reference(
-            Features(images[:0], empty.embeddings[:0]), extractor_fingerprint=""
-        )
+        return empty, reference or Reference(Features(images[:0], empty.embeddings[:0]), extractor_fingerprint="")
     if extractor is None or reference is None:
         raise ConfigError(
             f"Behaviors {', '.join(needy)} need a feature extractor and the features of real images; found "

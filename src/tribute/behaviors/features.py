@@ -229,9 +229,7 @@ class _Architecture:
         height, width, channels = self.image_shape
         side = min(height, width)
         layers: list[nn.Module] = []
-        if (
-            side >= 64
-        ):  # averaged down to 32..63 pixels: enough to tell classes apart, and affordable on a CPU
+        if side >= 64:  # averaged down to 32..63 pixels: enough to tell classes apart, and affordable on a CPU
             factor = 2 ** ((side // 32).bit_length() - 1)
             layers.append(nn.AvgPool2d(factor))
             side //= factor
@@ -255,9 +253,7 @@ class _Architecture:
         import torch
 
         pixels = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float()
-        mean, sd = (
-            torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (self.pixel_mean, self.pixel_sd)
-        )
+        mean, sd = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (self.pixel_mean, self.pixel_sd))
         return (pixels - mean) / sd
 
 
@@ -414,9 +410,7 @@ def _load_classifier(folder: Path, label_names: Sequence[str], device: str) -> C
     weights, facts = read_artifact(folder)
     stored = facts.pop("architecture")
     fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
-    return ClassifierExtractor(
-        _Architecture(**fields), weights, label_names=label_names, device=device, **facts
-    )
+    return ClassifierExtractor(_Architecture(**fields), weights, label_names=label_names, device=device, **facts)
 
 
 def _train(
@@ -434,9 +428,7 @@ def _train(
     architecture = _Architecture((height, width, channels), n_classes, recipe.embedding_width, mean, sd)
     with _forked_initialisation(stream_seed(seed, "behaviors/classifier/weights")):
         network = architecture.build().to(device).train()
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-    )
+    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
 
     n_steps, batch_size = recipe.n_steps(len(train_rows)), min(recipe.batch_size, len(train_rows))
     n_batches, n_warm_up = len(train_rows) // batch_size, max(1, n_steps // 5)
@@ -463,9 +455,7 @@ def _train(
     )
     _, probabilities = scored._forward(images[held_rows])
     accuracy = float((probabilities.argmax(axis=1) == labels[held_rows]).mean())
-    _log.info(
-        "Classifier trained in %d steps: accuracy %.4f on %d held out", n_steps, accuracy, len(held_rows)
-    )
+    _log.info("Classifier trained in %d steps: accuracy %.4f on %d held out", n_steps, accuracy, len(held_rows))
     return architecture, weights, {"held_out_accuracy": accuracy, "n_held_out": len(held_rows)}
 
 

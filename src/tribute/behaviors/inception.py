@@ -103,9 +103,7 @@ def frechet_distance(
     """
     eigenvalues = np.linalg.eigvalsh(real_root @ covariance @ real_root)
     root_trace = np.sqrt(np.clip(eigenvalues, 0.0, None)).sum()
-    distance = (
-        ((mean - real_mean) ** 2).sum() + np.trace(covariance) + np.trace(real_covariance) - 2 * root_trace
-    )
+    distance = ((mean - real_mean) ** 2).sum() + np.trace(covariance) + np.trace(real_covariance) - 2 * root_trace
     return float(max(distance, 0.0))
 
 
@@ -165,9 +163,7 @@ def _mean_kernel_within(embeddings: npt.NDArray[np.float32]) -> float:
     """Mean kernel over pairs of different images."""
     n_images, n_dims = embeddings.shape
     if n_images < 2:
-        raise BehaviorError(
-            f"The kernel distance needs at least 2 images; found {n_images}. Give more images."
-        )
+        raise BehaviorError(f"The kernel distance needs at least 2 images; found {n_images}. Give more images.")
     diagonal = ((embeddings.astype(np.float64) ** 2).sum(axis=1) / n_dims + 1) ** 3
     return (_kernel_sum(embeddings, embeddings) - diagonal.sum()) / (n_images * (n_images - 1))
 

@@ -88,8 +88,7 @@ def squared_radii(embeddings: npt.NDArray[np.float32], k: int) -> npt.NDArray[np
     """
     if len(embeddings) <= k:
         raise BehaviorError(
-            f"Neighbourhoods with k = {k} need more than {k} images; found {len(embeddings)}. Give more "
-            "images."
+            f"Neighbourhoods with k = {k} need more than {k} images; found {len(embeddings)}. Give more images."
         )
     radii = np.empty(len(embeddings))
     for rows, distances in _squared_distances(embeddings, embeddings):

@@ -55,6 +55,7 @@ class UnlearnArguments(DataArguments, RemovalArguments, PublishedTrainingArgumen
     sampler: Literal["ddim", "dpm-solver++"] | None = Field(default=None, description="None: the preset's.")
     sample_batch_size: int | None = Field(default=None, gt=0, description="Never changes a result.")
     use_ema: bool = Field(default=True, description="Measure the moving average of the weights.")
+    save_samples: Path | None = Field(default=None, description="Also write the first 64 images as a PNG grid.")
     n_local_samples: int = Field(default=100, gt=0, description="For --model_behavior local.")
     n_noises: int = Field(default=50, gt=0, description="For --model_behavior local.")
 
@@ -101,6 +102,7 @@ def run(argv: Sequence[str]) -> None:
 
     from tribute.store.records import EvaluationSpec, Store
     from tribute.study.executors import SerialExecutor
+    from tribute.study.outputs import write_image_grid
     from tribute.study.provenance import provenance
     from tribute.study.stages import Saving, check_same_data, checkpoint_policy
     from tribute.study.worker import Worker
@@ -168,7 +170,8 @@ def run(argv: Sequence[str]) -> None:
             evaluation_ids=evaluation_ids,
             max_attempts=1,
         )
-        n_done = executor.run(store, study_id, on_done=lambda claimed, evaluation: None)
+        images = []
+        n_done = executor.run(store, study_id, on_done=lambda claimed, evaluation: images.append(evaluation.images))
         (record,) = store.find(study_id, evaluation_ids=evaluation_ids)
         if record.status != "finished":
             raise StoreError(
@@ -177,12 +180,18 @@ def run(argv: Sequence[str]) -> None:
             )
         present = [name for name, is_in in zip(contributors.names, mask, strict=True) if is_in]
         print_line(f"{len(present)} of {len(mask)} contributors: {', '.join(present) or 'nobody'}")
+        real = worker.measure(worker.data.reference_images[: sampling.n_samples])
         print_table(
             f"{arguments.exp_name}: behaviors of {sampling.n_samples:,} images",
-            ["behavior", "value"],
-            [[name, f"{value:.4f}"] for name, value in record.behaviors.items()],
+            ["behavior", "value", "real images"],
+            [[name, f"{value:.4f}", f"{real[name]:.4f}"] for name, value in record.behaviors.items()],
         )
         seconds = ", ".join(f"{name} {value:.1f} s" for name, value in record.seconds.items())
+        if arguments.save_samples is not None:
+            if not images:
+                images = [value_function(mask, opt_seed=opt_seed).images]
+            write_image_grid(images[0][:64], arguments.save_samples)
+            print_line(f"wrote {arguments.save_samples}")
         print_line(f"{'recorded' if n_done else 'was recorded before'} in {arguments.db} ({seconds})")
 
 

@@ -17,7 +17,7 @@ from tribute.files import write_whole
 from tribute.games.lds import LDSCeiling, LDSResult
 from tribute.study.provenance import provenance
 from tribute.study.run import BehaviorResult, StudyResult
-from tribute.types import Attributions
+from tribute.types import Attributions, Images
 
 _INK, _MUTED, _ACCENT, _GRID = "#1f2430", "#6b7280", "#2563a8", "#e5e7eb"
 
@@ -176,6 +176,30 @@ def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=150, format="png")
     return buffer.getvalue()
+
+
+def write_image_grid(images: Images, path: Path, *, n_columns: int = 8, zoom: int | None = None) -> None:
+    """Write images side by side as a PNG.
+
+    Args:
+        images: `(n_images, height, width, channels)` uint8.
+        path: The file; it appears whole or not at all.
+        n_columns: Images per row.
+        zoom: Each pixel becomes zoom x zoom pixels; None makes images about 64 pixels wide.
+    """
+    from matplotlib.image import imsave
+
+    n_images, height, width, n_channels = images.shape
+    zoom = zoom or max(1, 64 // width)
+    n_rows = math.ceil(n_images / n_columns)
+    padded = np.full((n_rows * n_columns, height + 1, width + 1, n_channels), 255, dtype=np.uint8)
+    padded[:n_images, :height, :width] = images
+    tiled = padded.reshape(n_rows, n_columns, height + 1, width + 1, n_channels)
+    grid = tiled.transpose(0, 2, 1, 3, 4).reshape(n_rows * (height + 1), n_columns * (width + 1), n_channels)
+    grid = np.broadcast_to(grid, (*grid.shape[:2], 3)).repeat(zoom, axis=0).repeat(zoom, axis=1)
+    buffer = io.BytesIO()
+    imsave(buffer, np.ascontiguousarray(grid), format="png")
+    write_whole(path, buffer.getvalue())
 
 
 def _label(name: str, at_most: int = 28) -> str:

@@ -1,0 +1,169 @@
+"""A whole study: continued after any interruption, never mixed, and complete in what it writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from conftest import SilentListener
+
+from tribute.config import StudyConfig
+from tribute.errors import BehaviorError, FitError, MixedResultsError
+from tribute.games.coalitions import coalition_key
+from tribute.store.records import Store
+from tribute.study.outputs import attributions_csv, credit_order, shares, summary, write_outputs
+from tribute.study.run import StudyResult, plan_evaluations, run_study
+
+MakeStudy = Callable[..., StudyConfig]
+SETTINGS = {"gd": {"steps": 1}, "retrain": {"steps": 2}}
+
+
+def stored_values(config: StudyConfig) -> dict[str, dict[str, float]]:
+    """Behaviors of every finished evaluation, by its identity."""
+    with Store.open(config.db_url, create=False) as store:
+        return {item.spec.identity: dict(item.behaviors) for item in store.find(statuses=("finished",))}
+
+
+def test_every_stage_leaves_what_the_next_one_needs(make_study: MakeStudy) -> None:
+    config = make_study()
+    listener = SilentListener()
+    result = run_study(config, listener)
+    n_expected = 2 * 2 + 24 + 10 + 4 * 2
+    assert listener.n_evaluations == n_expected
+    assert len(stored_values(config)) == n_expected
+    for item in result.behaviors:
+        assert set(item.attributions) == {"shapley", "shapley (least_squares)", "datamodel", "banzhaf", "loo"} - set(
+            item.unfitted
+        )
+        shapley = item.attributions["shapley"]
+        options = item.end_points.options()
+        np.testing.assert_allclose(shapley.values.sum(), options["v_grand"] - options["v_empty"], rtol=1e-9)
+        assert item.test_behaviors is not None
+        assert item.test_behaviors.shape == (2, 4)
+        assert -1 <= item.validations["shapley"].score.mean <= 1
+    assert result.behaviors[1].definition["higher_is_better"] is False
+
+
+def test_a_second_run_measures_nothing_and_says_the_same(make_study: MakeStudy) -> None:
+    config = make_study(test={"n_coalitions": 0})
+    first = run_study(config, SilentListener())
+    again = SilentListener()
+    second = run_study(config, again)
+    assert again.n_evaluations == 0
+    assert attributions_csv(first) == attributions_csv(second)
+
+
+@pytest.mark.parametrize("interrupt_after", [1, 7])
+def test_an_interrupted_study_continues_to_the_same_values(make_study: MakeStudy, interrupt_after: int) -> None:
+    small = {"fit": {"n_coalitions": 20, "n_end_points": 1}, "test": {"n_coalitions": 0}}
+    undisturbed = make_study(name="undisturbed", **small)
+    run_study(undisturbed, SilentListener())
+    config = make_study(name="interrupted", **small)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(config, SilentListener(interrupt_after))
+    with Store.open(config.db_url, create=False) as store:
+        assert store.counts()["running"] == 0
+    rest = SilentListener()
+    run_study(config, rest)
+    assert rest.n_evaluations == 22 - interrupt_after
+
+    def without_name(values: dict[str, dict[str, float]]) -> list[tuple[float, ...]]:
+        return sorted(tuple(item.values()) for item in values.values())
+
+    assert without_name(stored_values(config)) == without_name(stored_values(undisturbed))
+
+
+def test_other_settings_under_the_same_name_are_refused_and_more_coalitions_are_not(make_study: MakeStudy) -> None:
+    fit = {"n_coalitions": 20, "n_end_points": 1}
+    run_study(make_study(fit=fit, test={"n_coalitions": 0}), SilentListener())
+    with pytest.raises(MixedResultsError, match=r"prune\.pruning_ratio: saved 0\.3, asked 0\.5"):
+        run_study(
+            make_study(fit=fit, test={"n_coalitions": 0}, prune={"pruning_ratio": 0.5}),
+            SilentListener(),
+        )
+    more = SilentListener()
+    run_study(make_study(fit=fit | {"n_coalitions": 23}, test={"n_coalitions": 0}), more)
+    assert more.n_evaluations == 3
+
+
+def test_a_behavior_that_is_not_a_number_fails_the_evaluation_not_the_store(make_study: MakeStudy) -> None:
+    config = make_study(
+        behaviors=["ink_behaviors:broken"],
+        fit={"n_coalitions": 12, "n_end_points": 1},
+        test={"n_coalitions": 0},
+    )
+    listener = SilentListener()
+    with pytest.raises((BehaviorError, FitError), match="broken"):
+        run_study(config, listener)
+    assert any("evaluations failed" in text and "broken" in text for text in listener.messages)
+    with Store.open(config.db_url, create=False) as store:
+        failed = store.find(statuses=("failed",))
+    assert len(failed) == 14
+    assert {item.attempts for item in failed} == {3}
+
+
+def test_fewer_coalitions_than_contributors_is_an_error_that_says_how_many(make_study: MakeStudy) -> None:
+    config = make_study(fit={"n_coalitions": 3, "n_end_points": 1}, test={"n_coalitions": 0})
+    with pytest.raises(FitError, match="brightness"):
+        run_study(config, SilentListener())
+
+
+def test_the_outputs_hold_the_numbers_and_no_formula(make_study: MakeStudy) -> None:
+    config = make_study()
+    result = run_study(config, SilentListener())
+    paths = {path.name: path for path in write_outputs(result)}
+    assert set(paths) == {"attributions.csv", "summary.json", "attributions.png", "lds.png"}
+    for name in ("attributions.png", "lds.png"):
+        assert paths[name].read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader(paths["attributions.csv"].read_text().splitlines()))
+    shapley = result.behaviors[0].attributions["shapley"]
+    found = [
+        float(row["attribution"])
+        for row in rows
+        if row["kernel"] == "shapley" and row["behavior"] == result.behaviors[0].name
+    ]
+    np.testing.assert_allclose(found, shapley.values, rtol=1e-6)
+    content = json.loads(paths["summary.json"].read_text())
+    assert content["behaviors"][result.behaviors[0].name]["lds"]["shapley"]["n_test"] == 4
+    assert summary(result)["provenance"]["versions"]["torch"]
+    hostile = StudyResult(**{**vars(result), "contributor_names": ("=cmd()", *result.contributor_names[1:])})
+    assert "'=cmd()" in attributions_csv(hostile)
+
+
+def test_credit_goes_in_the_direction_of_the_behavior(make_study: MakeStudy) -> None:
+    result = run_study(make_study(test={"n_coalitions": 0}), SilentListener())
+    higher, lower = result.behaviors
+    assert np.all(np.diff(higher.attributions["shapley"].values[credit_order(higher)]) <= 0)
+    assert np.all(np.diff(lower.attributions["shapley"].values[credit_order(lower)]) >= 0)
+    np.testing.assert_allclose(shares(lower.attributions["shapley"]).sum(), 1.0)
+
+
+def test_planned_coalitions_are_distinct_disjoint_and_extendable(make_study: MakeStudy) -> None:
+    def draws(**fit: int) -> dict[str, list[str]]:
+        config = make_study(fit={"n_coalitions": 100, "n_end_points": 1} | fit, test={"n_coalitions": 40})
+        keys: dict[str, list[str]] = {}
+        for spec in plan_evaluations(config, 10, SETTINGS):
+            if spec.opt_seed == 42:
+                keys.setdefault(spec.role or "", []).append(coalition_key(np.array(spec.coalition_mask)))
+        return keys
+
+    planned = draws()
+    assert len(set(planned["fit"])) == 100
+    config = make_study(fit={"n_coalitions": 100, "n_end_points": 1}, test={"n_coalitions": 40})
+    tested = {
+        coalition_key(np.array(spec.coalition_mask))
+        for spec in plan_evaluations(config, 10, SETTINGS)
+        if spec.role == "test"
+    }
+    assert len(tested) == 40
+    assert not tested & set(planned["fit"])
+    assert draws(n_coalitions=60)["fit"] == planned["fit"][:60]
+
+
+def test_more_coalitions_than_exist_is_an_error(make_study: MakeStudy) -> None:
+    config = make_study(fit={"n_coalitions": 7}, test={"n_coalitions": 0})
+    with pytest.raises(FitError, match="expected 7 distinct coalitions of 3 contributors, found only 6"):
+        list(plan_evaluations(config, 3, SETTINGS))
