@@ -135,7 +135,7 @@ def test_shards_are_read_in_the_order_of_their_names(tmp_path: Path, folder: str
     assert data.fingerprint == whole.fingerprint
 
 
-@pytest.mark.parametrize("n_rows", [1, 64, 130, 140])
+@pytest.mark.parametrize("n_rows", [1, 64, 130, 135, 140])
 def test_the_first_rows_only_and_no_later_shard(tmp_path: Path, n_rows: int) -> None:
     write_parquet(tmp_path / "shards" / "train-0.parquet", range(130))
     write_parquet(tmp_path / "shards" / "train-1.parquet", range(130, 140), replaced={139: b"broken"})

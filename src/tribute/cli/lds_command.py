@@ -213,7 +213,7 @@ def _print_convergence(
             f"--test_exp_name: the LDS ranks test coalitions; expected at least 3, found {len(test_masks)}. "
             "Retrain and measure more of them"
         )
-    rows = []
+    rows, reasons = [], []
     for at in lds_convergence(
         masks,
         behaviors,
@@ -224,7 +224,8 @@ def _print_convergence(
         n_bootstrap=arguments.num_bootstrap_iters,
     ):
         if at.result is None:
-            rows.append([str(at.n_fit), "-", "-", f"cannot be fitted: {at.missing_reason[:60]}"])
+            rows.append([str(at.n_fit), "-", "-", "-"])
+            reasons.append(f"{at.n_fit} coalitions cannot be fitted: {at.missing_reason}")
             continue
         score = at.result
         per_seed = " ".join(f"{100 * value:.1f}" for value in score.per_seed)
@@ -237,6 +238,8 @@ def _print_convergence(
         rows,
         note=note,
     )
+    for reason in reasons:
+        print_line(reason)
     if len(test_behaviors) > 1:
         ceiling = lds_ceiling(test_behaviors, n_bootstrap=arguments.num_bootstrap_iters)
         low, high = 100 * ceiling.interval

@@ -179,7 +179,7 @@ def gather(images: Images, example_idx: npt.ArrayLike) -> Images:
         )
     if idx.size and not 0 <= idx.min() <= idx.max() < len(images):
         raise DataError(f"example_idx: expected 0 to {len(images) - 1}, found {idx.min()} to {idx.max()}")
-    return np.array(images[idx.astype(np.int64)], subok=False)
+    return images[idx.astype(np.int64)]
 
 
 def array_sha256(array: npt.NDArray[Any]) -> str:

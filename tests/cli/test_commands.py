@@ -1,0 +1,246 @@
+"""The published commands, as published, on real digits with few steps; and what they say to wrong input."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tribute.cli import COMMANDS, main
+from tribute.store.records import Store
+
+BEHAVIORS = "ink:brightness,ink:contrast:lower"
+SPARSE = "results/digits/prune_fine_tune/models/pruner=magnitude_pruning_ratio=0.3_threshold=0.05/full"
+FULL = "results/digits/retrain/models/full"
+QUICK_GD = (
+    f"--load {SPARSE} --db results.db --exp_name e1 --dataset digits --method gd --gd_steps 2 --n_samples 8 "
+    f"--num_inference_steps 2 --model_behavior {BEHAVIORS}"
+)
+
+pytestmark = pytest.mark.usefixtures("workshop")
+
+
+def tribute(command: str, flags: str = "") -> None:
+    main(command, flags.split())
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a full, a pruned, a sparse and a retrained model, made by the published commands."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.set_num_threads(1)
+    out = f"--outdir {folder / 'results'} --n_steps 4 --batch_size 8 --dataset digits"
+    tribute("train", f"{out} --method retrain --keep_all_ckpts --mixed_precision no --gradient_accumulation_steps 1")
+    prune = "--pruning_ratio 0.3 --pruner magnitude --thr 0.05"
+    tribute("prune", f"--load {folder / FULL} --outdir {folder / 'results'} {prune}")
+    tribute("train", f"{out} --method prune_fine_tune {prune}")
+    tribute("train", f"{out} --method retrain --removal_dist datamodel --datamodel_alpha 0.5 --removal_seed 0")
+    return folder
+
+
+@pytest.fixture
+def workshop(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder that sees the models, with behaviors that need no classifier."""
+    (tmp_path / "results").symlink_to(models / "results")
+    (tmp_path / "ink.py").write_text(
+        "def brightness(images):\n    return float(images.mean())\n\n"
+        "def contrast(images):\n    return float(images.std())\n\n"
+        "def nothing(images):\n    return float('nan')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    return tmp_path
+
+
+def stored(db: str = "results.db") -> list[tuple[str, str | None, int | None]]:
+    with Store.open(db, create=False) as store:
+        return [(item.spec.exp_name, item.spec.removal_dist, item.spec.removal_seed) for item in store.find()]
+
+
+def fails(command: str, flags: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The error of a command that a user can repair."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        tribute(command, flags)
+    captured = capsys.readouterr()
+    assert stopped.value.code in (1, 2)
+    return " ".join((captured.err + captured.out).split())
+
+
+def test_the_whole_sequence_ends_in_attributions_and_lds(capsys: pytest.CaptureFixture[str]) -> None:
+    tribute("unlearn", QUICK_GD + " --removal_dist empty")
+    tribute("unlearn", QUICK_GD + " --removal_dist None")
+    for seed in range(22):
+        tribute("unlearn", QUICK_GD + f" --removal_dist datashapley --removal_seed {seed}")
+    for seed in range(3):
+        removal = f"--dataset digits --method retrain --removal_dist datamodel --removal_seed {seed}"
+        tribute("train", f"{removal} --n_steps 4 --batch_size 8 --outdir own")
+        tribute(
+            "unlearn",
+            f"--load own/digits/retrain/models/datamodel/datamodel_alpha=0.5_seed={seed} {removal} --db results.db "
+            f"--exp_name e0 --n_samples 8 --num_inference_steps 2 --model_behavior {BEHAVIORS} "
+            "--n_local_samples 100 --n_noises 50 --use_ema",
+        )
+    capsys.readouterr()
+    tribute(
+        "lds",
+        "--dataset digits --removal_dist shapley --model_behavior_key ink:brightness --train_db results.db "
+        "--train_exp_name e1 --method gd --full_db results.db --null_db results.db --max_train_size 100 "
+        "--test_db results.db --test_exp_name e0 --num_test_subset 100 --by_class",
+    )
+    printed = capsys.readouterr().out
+    assert "LDS x 100 of ink:brightness" in printed
+    assert "attribution" in printed
+    assert "size_adjusted" in printed
+
+
+def test_the_same_evaluation_is_measured_once(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = QUICK_GD + " --removal_dist shapley --removal_seed 3"
+    tribute("unlearn", flags)
+    assert "recorded in" in capsys.readouterr().out
+    tribute("unlearn", flags + " --sample_batch_size 3")
+    assert "was recorded before" in capsys.readouterr().out
+    assert stored() == [("e1", "shapley", 3)]
+
+
+def test_the_flags_of_the_published_unlearn_command_are_accepted() -> None:
+    tribute(
+        "unlearn",
+        QUICK_GD + " --ga_ratio 1.0 --removal_dist shapley --removal_seed 0 --pruning_ratio 0.3 --pruner magnitude "
+        "--thr 0.05 --keep_all_ckpts --mixed_precision no --gradient_accumulation_steps 1 --iu_ratio 0.5 "
+        "--lora_rank 16 --lora_dropout 0.05 --outdir kept",
+    )
+    assert list(Path("kept").glob("digits/gd/models/shapley/shapley_seed=0/ckpt_steps_00000002/unet.safetensors"))
+
+
+def test_dry_run_prints_the_settings_and_leaves_nothing(capsys: pytest.CaptureFixture[str], workshop: Path) -> None:
+    before = sorted(path.name for path in workshop.iterdir())
+    tribute("unlearn", QUICK_GD + " --removal_dist shapley --dry_run")
+    settings = yaml.safe_load(capsys.readouterr().out)
+    assert settings["train"]["n_steps"] == 2
+    assert settings["removal"] == {"removal_dist": "shapley", "datamodel_alpha": None, "removal_seed": 0}
+    tribute("train", "--dataset cifar --method retrain --preset cifar-small --dry_run")
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["n_steps"] == 20_000
+    tribute("prune", f"--load {FULL} --dry_run")
+    assert sorted(path.name for path in workshop.iterdir()) == before
+
+
+def test_export_and_import_give_the_same_store_again(capsys: pytest.CaptureFixture[str]) -> None:
+    tribute("unlearn", QUICK_GD + " --removal_dist shapley --removal_seed 3")
+    tribute("export", "--db results.db --out results.jsonl --dataset digits")
+    tribute("import", "--db other.db --file results.jsonl --dataset digits")
+    assert stored("other.db") == stored()
+    tribute("export", "--db results.db --out results.csv --format csv")
+    assert "ink:brightness" in Path("results.csv").read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "expected"),
+    [
+        ("train", "--dataset imagenet --method retrain", ["--dataset", "digits, cifar", "imagenet"]),
+        ("train", "--method retrain", ["--dataset", "found none"]),
+        ("train", "--dataset digits --method retrain --contributors artists", ["artists", "vendors"]),
+        ("train", "--dataset digits --method unlearn", ["--method", "prune_fine_tune", "unlearn"]),
+        ("train", "--dataset digits --method ga", ["ga", "not of this version"]),
+        ("train", "--dataset digits --method gd", ["--load"]),
+        ("train", f"--dataset digits --method retrain --load {FULL}", ["--load"]),
+        ("train", "--dataset digits --method retrain --removal_dist everyone", ["--removal-dist", "shapley"]),
+        ("train", "--dataset digits --method retrain --n_steps many", ["--n-steps", "many"]),
+        ("train", "--dataset digits --method retrain --n_stepps 4", ["--n_stepps"]),
+        ("train", "--dataset digits --method retrain --use_8bit_optimizer", ["--use_8bit_optimizer"]),
+        ("train", "--dataset digits --method retrain --precompute_stage save", ["--precompute_stage"]),
+        ("train", "--dataset digits --method retrain --mixed_precision fp16 --n_steps 1", ["fp16", "GPU"]),
+        ("train", "--dataset digits --method retrain --preset mnist", ["--preset", "cifar-small"]),
+        ("train", "--dataset digits --method retrain --preset cifar --n_steps 1", ["32x32", "8x8"]),
+        ("train", "--dataset cifar --method retrain", ["data_dir"]),
+        ("train", "--dataset digits --method retrain --removal_dist empty --n_steps 1", ["empty"]),
+        ("train", "--dataset digits --method prune_fine_tune --outdir nowhere", ["prune.py", "--load"]),
+        ("prune", f"--load {FULL} --pruning_ratio 1.0", ["--pruning_ratio", "1.0"]),
+        ("prune", f"--load {FULL} --pruning_ratio -0.1", ["--pruning_ratio", "-0.1"]),
+        ("prune", "--load nowhere", ["nowhere", "no checkpoint"]),
+        ("prune", f"--load {FULL} --contributors vendors", ["other data"]),
+        ("unlearn", QUICK_GD + " --pruning_ratio 0.5", ["--pruning_ratio", "saved 0.3", "asked 0.5"]),
+        ("unlearn", QUICK_GD.replace(SPARSE, FULL) + " --pruner magnitude", ["--pruner", "not pruned"]),
+        ("unlearn", QUICK_GD.replace("--method gd", "--method lora"), ["lora", "not of this version"]),
+        ("unlearn", QUICK_GD.replace(BEHAVIORS, "local"), ["local", "not part of this version"]),
+        ("unlearn", QUICK_GD.replace(BEHAVIORS, "beauty"), ["beauty", "inception_score"]),
+        ("unlearn", QUICK_GD.replace(BEHAVIORS, "ink:nothing"), ["ink:nothing", "nan"]),
+        ("unlearn", QUICK_GD.replace(BEHAVIORS, "ink:missing"), ["missing"]),
+        ("unlearn", QUICK_GD.replace("--db results.db", "--db ."), ["directory"]),
+        ("unlearn", QUICK_GD + " --removal_dist datamodel --datamodel_alpha 1.5", ["alpha", "1.5"]),
+        ("unlearn", QUICK_GD + " --removal_dist shapley --removal_seed -1", ["seed", "-1"]),
+        ("unlearn", QUICK_GD + " --contributors vendors", ["other data"]),
+        (
+            "unlearn",
+            "--load results/digits/retrain/models/datamodel/datamodel_alpha=0.5_seed=0 --db results.db --exp_name e0 "
+            f"--method retrain --removal_dist datamodel --removal_seed 1 --n_samples 8 --model_behavior {BEHAVIORS}",
+            ["--load", "--removal_seed"],
+        ),
+        ("lds", "--train_db missing.db --train_exp_name e1 --max_train_size 10", ["missing.db"]),
+        ("run", "missing.yaml", ["missing.yaml"]),
+    ],
+)
+def test_wrong_input_is_named(
+    command: str, flags: str, expected: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = fails(command, flags, capsys)
+    for part in expected:
+        assert part in message or part.replace("-", "_") in message.replace("-", "_"), message
+
+
+def test_lds_says_what_is_missing_and_how_to_get_it(capsys: pytest.CaptureFixture[str]) -> None:
+    tribute("unlearn", QUICK_GD + " --removal_dist shapley --removal_seed 0")
+    lds = "--train_db results.db --train_exp_name e1 --max_train_size 10 --model_behavior_key ink:brightness"
+    message = fails("lds", lds, capsys)
+    assert "unlearn.py --removal_dist empty" in message
+    assert "removal_dist shapley" in message
+    tribute("unlearn", QUICK_GD + " --removal_dist empty")
+    tribute("unlearn", QUICK_GD + " --removal_dist None")
+    assert "independent coalitions" in fails("lds", lds, capsys)
+    assert "--test_db" in fails("lds", lds + " --test_exp_name e0", capsys)
+    assert "no_by_class" in fails("lds", lds + " --no-by_class", capsys).replace("-", "_")
+
+
+def test_an_unknown_setting_of_a_study_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("study.yaml").write_text("name: s\nfit: {n_coalition: 3}\nbehaviours: [fid]\n")
+    message = fails("run", "study.yaml", capsys)
+    assert "fit.n_coalition: unknown setting" in message
+    assert "behaviours: unknown setting" in message
+
+
+def test_an_interruption_ends_with_130_and_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tribute.study.value_function.sample_images", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        tribute("unlearn", QUICK_GD + " --removal_dist shapley")
+    assert stopped.value.code == 130
+    assert "run the same command again" in capsys.readouterr().err
+    monkeypatch.undo()
+
+
+def test_help_of_the_program_loads_nothing_heavy() -> None:
+    script = (
+        "import sys\nfrom tribute.cli import main\n"
+        "try:\n    main(None, ['--help'])\nexcept SystemExit as stopped:\n    assert stopped.code == 0\n"
+        "heavy = {'torch', 'numpy', 'scipy', 'tyro', 'pydantic', 'sqlalchemy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(None, ["pay"])
+    assert stopped.value.code == 2
+    assert "unknown command 'pay'" in capsys.readouterr().err
