@@ -12,22 +12,23 @@ import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from tribute.errors import ConfigError
 
 MixedPrecision = Literal["no", "fp16", "bf16"]
 PrunerName = Literal["magnitude", "taylor", "random", "reinit", "diff-pruning"]
 SamplerName = Literal["ddim", "dpm-solver++"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Config(BaseModel):
     """Base of all settings: frozen, strict about unknown keys, identifiable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], *, where: str) -> Self:
@@ -91,7 +92,7 @@ class OptimizerConfig(Config):
 
     name: Literal["Adam", "AdamW"] = "Adam"
     lr: float = Field(default=1e-4, gt=0, description="Learning rate.")
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     lr_schedule: Literal["constant", "cosine"] = Field(default="constant", description="Shape after the warm-up.")
@@ -148,7 +149,7 @@ class Preset(Config):
     unet: UNetConfig
     noise_schedule: NoiseScheduleConfig = NoiseScheduleConfig()
     training: dict[str, TrainConfig] = Field(description="Per method: retrain, prune_fine_tune, gd.")
-    ckpt_freq: dict[str, int] = Field(default_factory=dict, description="Steps between checkpoints.")
+    ckpt_freq: dict[str, PositiveInt] = Field(default_factory=dict, description="Steps between checkpoints.")
     sampling: SampleConfig = SampleConfig()
 
     def train_config(self, method: str, **changes: Any) -> TrainConfig:
@@ -206,6 +207,9 @@ class FitCoalitionsConfig(Config):
     removal_dist: Literal["shapley", "datamodel", "uniform"] = "shapley"
     datamodel_alpha: float = Field(default=0.5, gt=0, lt=1)
     first_removal_seed: int = Field(default=0, ge=0)
+    paired: bool = Field(
+        default=True, description="shapley: measure the complement of every draw, too, which halves the error."
+    )
     leave_one_out: bool = Field(default=False, description="Also measure the leave-one-out coalitions.")
     n_end_points: int = Field(default=2, gt=0, description="Measurements of v(empty) and of v(grand).")
 

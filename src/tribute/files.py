@@ -44,7 +44,12 @@ def write_whole_dir(path: Path, write: Callable[[Path], None]) -> None:
             _flush_to_disk(file)
         if path.exists():
             path.replace(replaced)
-        partial.replace(path)
+        try:
+            partial.replace(path)
+        except OSError:
+            if replaced.exists():
+                replaced.replace(path)
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)

@@ -16,16 +16,17 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-StreamId = int | float | str
+StreamId = int | float | str | np.generic
 
 
 def stream_seed(root_seed: int, purpose: str, *ids: StreamId) -> int:
     """Seed in [0, 2**63) of the stream `(root_seed, purpose, *ids)`.
 
     The name is hashed with SHA-256, with types and separators, so `("a", 1)` and
-    `("a", "1")` name different streams.
+    `("a", "1")` name different streams. NumPy scalars count as the Python numbers they hold.
     """
-    name = "\x1f".join([repr(int(root_seed)), purpose, *(repr(i) for i in ids)])
+    plain = [i.item() if isinstance(i, np.generic) else i for i in ids]  # their repr differs between NumPy versions
+    name = "\x1f".join([repr(int(root_seed)), purpose, *(repr(i) for i in plain)])
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
 
 

@@ -136,7 +136,7 @@ def test_other_spellings():
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(ConfigError, match=r"shapley, datamodel, uniform, loo.*'shaply'"):
+    with pytest.raises(ConfigError, match=r"shapley, shapley_complement, datamodel, uniform, loo.*'shaply'"):
         draw_coalition("shaply", 5, 0)
 
 
@@ -163,3 +163,9 @@ def test_one_contributor_has_no_coalitions(dist):
     with pytest.raises(CoalitionError, match="at least 2 contributors"):
         draw_coalition(dist, 1, 0)
     assert draw_coalition(None, 1, 0).all()
+
+
+def test_the_complement_law_completes_the_pair_of_the_same_seed():
+    for removal_seed in range(20):
+        drawn = draw_coalition("shapley", 7, removal_seed)
+        np.testing.assert_array_equal(draw_coalition("shapley_complement", 7, removal_seed), ~drawn)

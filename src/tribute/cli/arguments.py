@@ -16,7 +16,9 @@ from tribute.data.sources import SOURCES
 from tribute.errors import ConfigError, NotImplementedYet
 from tribute.games.removal import canonical_removal_dist
 
-RemovalDist = Literal["shapley", "datashapley", "datamodel", "uniform", "loo", "add_one_in", "empty"]
+RemovalDist = Literal[
+    "shapley", "datashapley", "shapley_complement", "datamodel", "uniform", "loo", "add_one_in", "empty"
+]
 Pruner = Literal["magnitude", "taylor", "random", "reinit", "diff-pruning"]
 
 

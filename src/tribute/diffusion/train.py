@@ -147,8 +147,8 @@ class Trainer:
     ) -> None:
         from accelerate import Accelerator
 
-        if mixed_precision == "fp16" and not torch.cuda.is_available() and device in (None, "cpu"):
-            raise ConfigError("mixed_precision: fp16 needs a GPU, found none; use bf16 or no")
+        if mixed_precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
+            raise ConfigError("mixed_precision: fp16 needs a GPU, found none or --device cpu; use bf16 or no")
         self.images = images
         self.noise_schedule_config = noise_schedule
         self.noise_schedule = build_noise_schedule(noise_schedule)
@@ -158,6 +158,7 @@ class Trainer:
             log_with=list(log_with) or None,
             project_dir=project_dir,
         )
+        self._scaler_state = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
 
     @property
     def device(self) -> torch.device:
@@ -188,23 +189,35 @@ class Trainer:
             TributeError: The loss is not finite; the message names the step.
             MixedResultsError: The folder holds a run with other settings.
         """
+        accelerator = self.accelerator
         if len(example_idx) == 0:
             raise ConfigError("expected at least one training example, found none")
-        accelerator = self.accelerator
+        if config.mixed_precision != accelerator.mixed_precision:
+            raise ConfigError(
+                f"mixed_precision: this process was set up for {accelerator.mixed_precision!r}, the training settings "
+                f"ask for {config.mixed_precision!r}; use the same in both"
+            )
         if config.batch_size % accelerator.num_processes:
             raise ConfigError(
                 f"batch_size: expected a multiple of the {accelerator.num_processes} processes, "
                 f"found {config.batch_size}"
             )
         model.to(accelerator.device).train()
+        model.zero_grad(set_to_none=True)  # of a run that was interrupted between two forward passes
         ema = Ema(model, config)
         optimizer = _build_optimizer(model, config)
         raw_model = model
         if accelerator.num_processes > 1 or accelerator.mixed_precision != "no":
-            model, optimizer = accelerator.prepare(model, optimizer)
+            accelerator.free_memory()  # it remembers every optimizer that it prepared
+            optimizer = accelerator.prepare_optimizer(optimizer)
+        if accelerator.num_processes > 1:
+            model = accelerator.prepare_model(model)
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(self._scaler_state)  # no run depends on the one before it
         first_step, seconds_before = 0, 0.0
         if checkpoints is not None:
-            found = load_last_intact(checkpoints.folder, with_training_state=True)
+            with accelerator.main_process_first():  # only one process keeps a damaged checkpoint aside
+                found = load_last_intact(checkpoints.folder, with_training_state=True)
             if found is not None:
                 first_step = _resume(found, raw_model, ema, optimizer, config, checkpoints)
                 seconds_before = float(found.meta["seconds_train"])
@@ -229,10 +242,11 @@ class Trainer:
             if is_last or save_now or done % log_freq == 0:
                 final_loss = float(torch.stack(losses).mean())
                 losses.clear()
-                if not math.isfinite(final_loss):
+                if not math.isfinite(final_loss) or not _has_finite_weights(raw_model):
                     raise TributeError(
-                        f"the training loss became {final_loss} before step {done}; nothing was saved from this "
-                        "part of the run. Lower the learning rate or use mixed_precision no"
+                        f"training diverged before step {done}: the loss is {final_loss}, loss or weights are not "
+                        "finite; nothing was saved from this part of the run. Lower the learning rate or use "
+                        "mixed_precision no"
                     )
                 now = time.perf_counter()
                 if on_log is not None and accelerator.is_main_process:
@@ -252,6 +266,8 @@ class Trainer:
                 )
         if checkpoints is not None and config.n_steps == 0 and accelerator.is_main_process:
             _save(checkpoints, raw_model, ema, optimizer, 0, config, 0.0)
+        if model is not raw_model:
+            accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the caller's model is as it came
         seconds = seconds_before + time.perf_counter() - started
         return TrainResult(ema=ema.state(), n_steps=config.n_steps, seconds=seconds, final_loss=final_loss)
 
@@ -339,6 +355,11 @@ def _build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim
     )
 
 
+def _has_finite_weights(model: torch.nn.Module) -> bool:
+    """A finite loss may have infinite gradients."""
+    return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
 def _has_dropout(model: torch.nn.Module) -> bool:
     """Whether the forward pass draws random numbers of its own."""
     config = getattr(getattr(model, "module", model), "config", {})
@@ -387,13 +408,15 @@ def _resume(
 ) -> int:
     """Restore weights, average and optimizer; returns the steps done.
 
-    Only the number of steps may differ from what the checkpoint was made with, and only upwards.
+    Only the number of steps may differ from what the checkpoint was made with, only upwards, and only where the
+    learning rate does not depend on it.
     """
+    may_differ = {"n_steps"} if config.optimizer.lr_schedule == "constant" else set()
     identity = {
         **dict(policy.meta.get("identity", {})),
-        "train": config.model_dump(mode="json", exclude={"n_steps"}),
+        "train": config.model_dump(mode="json", exclude=may_differ),
     }
-    saved_train = {key: value for key, value in found.meta["train"].items() if key != "n_steps"}
+    saved_train = {key: value for key, value in found.meta["train"].items() if key not in may_differ}
     saved = {**dict(found.meta.get("identity", {})), "train": saved_train}
     differing = _differences(saved, identity)
     if differing:

@@ -17,7 +17,7 @@ from tribute.games.coalitions import check_n_contributors, empty_coalition, gran
 from tribute.seeding import numpy_stream
 from tribute.types import CoalitionMask, CoalitionMasks
 
-REMOVAL_DISTS = ("shapley", "datamodel", "uniform", "loo", "add_one_in", "empty")
+REMOVAL_DISTS = ("shapley", "shapley_complement", "datamodel", "uniform", "loo", "add_one_in", "empty")
 """Canonical names; None is the grand coalition, from which nobody is removed."""
 
 REMOVAL_DIST_ALIASES: dict[str, str | None] = {
@@ -63,7 +63,8 @@ def draw_coalition(
 
     Args:
         removal_dist: `shapley` (size s in 1..n-1 with probability proportional to 1 / (s (n - s)), then
-            members uniform), `datamodel` (uniform of size `int(datamodel_alpha * n)`), `uniform` (each
+            members uniform), `shapley_complement` (everyone whom `shapley` removes at the same seed: the other
+            half of a complement pair, of the same law), `datamodel` (uniform of size `int(datamodel_alpha * n)`), `uniform` (each
             present with probability 1/2, drawn again when nobody or everybody is), `loo` (seed j removes
             contributor j), `add_one_in` (seed j keeps contributor j only), `empty`, or None for the grand
             coalition. `datashapley`, `leave_one_out`, `grand` and "None" are other spellings.
@@ -80,6 +81,8 @@ def draw_coalition(
         CoalitionError: One contributor has no coalitions but the empty and the grand one.
     """
     dist = canonical_removal_dist(removal_dist)
+    if dist == "shapley_complement":
+        return ~draw_coalition("shapley", n_contributors, removal_seed)
     n_contributors = check_n_contributors(n_contributors)
     if isinstance(removal_seed, bool) or not isinstance(removal_seed, int | np.integer) or removal_seed < 0:
         raise ConfigError(f"Expected removal_seed to be an integer >= 0, found {removal_seed!r}. Pass 0, 1, ...")

@@ -6,7 +6,7 @@ A checkpoint is a folder `ckpt_steps_00020000/`:
     ema.safetensors              moving average of the weights
     training_state.safetensors   optimizer state (only while it may be needed to resume)
     pruning.json                 how the architecture was pruned (sparse models only)
-    config.json                  settings, provenance and the SHA-256 of every file above
+    config.json                  settings, provenance, the SHA-256 of every file above and of itself
 
 It is written beside its place and renamed, so a folder of that name is complete. A folder that
 turns out damaged is renamed to `*.damaged` and reported; nothing is deleted because it could not
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tribute.config import UNetConfig
+from tribute.config import UNetConfig, fingerprint
 from tribute.errors import CheckpointError
 from tribute.files import sha256_of_file, write_whole_dir
 
@@ -40,6 +40,10 @@ CKPT_NAME = re.compile(r"^ckpt_steps_(\d{8})$")
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 Tensors = dict[str, "torch.Tensor"]
+
+
+class _NewerFormat(CheckpointError):
+    """A whole checkpoint that this version cannot read."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,6 @@ class Checkpoint:
     @property
     def model_hash(self) -> str:
         """SHA-256 of weights, moving average and recipe: the identity of the model."""
-        from tribute.config import fingerprint
-
         files = self.meta["files"]
         return fingerprint({k: v for k, v in files.items() if not k.startswith("training_state")})
 
@@ -99,6 +101,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: The disk is full or the place is not writable; what was there is untouched.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     target = folder / ckpt_name(n_steps)
@@ -112,11 +115,11 @@ def save_checkpoint(
             (partial / "pruning.json").write_text(json.dumps(pruning))
         files = {path.name: sha256_of_file(path) for path in sorted(partial.iterdir())}
         config = {**meta, "format_version": FORMAT_VERSION, "n_steps": n_steps, "files": files}
-        (partial / "config.json").write_text(json.dumps(config, indent=1))
+        (partial / "config.json").write_text(json.dumps({**config, "sha256": fingerprint(config)}, indent=1))
 
     try:
         write_whole_dir(target, write)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         raise CheckpointError(
             f"the checkpoint {target} could not be written ({error}); earlier checkpoints are untouched. "
             "Free space or choose another --outdir, then run the same command again to resume"
@@ -140,14 +143,17 @@ def load_checkpoint(path: Path, *, with_training_state: bool = False) -> Checkpo
     path = resolve_checkpoint(path)
     try:
         meta = json.loads((path / "config.json").read_text())
+        recorded = meta.pop("sha256", None)
         files = dict(meta["files"])
         version = int(meta["format_version"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path / 'config.json'} is missing or damaged ({error}); expected a checkpoint written by Tribute"
         ) from error
+    if recorded not in (None, fingerprint(meta)):
+        raise CheckpointError(f"{path / 'config.json'} is damaged: its SHA-256 is not the one that it names")
     if version > FORMAT_VERSION:
-        raise CheckpointError(
+        raise _NewerFormat(
             f"{path} has checkpoint format {version}, this version reads up to {FORMAT_VERSION}; upgrade Tribute"
         )
     wanted = [name for name in files if with_training_state or not name.startswith("training_state")]
@@ -155,7 +161,11 @@ def load_checkpoint(path: Path, *, with_training_state: bool = False) -> Checkpo
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{path} is incomplete: {name} is missing")
-        if sha256_of_file(file) != files[name]:
+        try:
+            found = sha256_of_file(file)
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+        if found != files[name]:
             raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one in config.json")
     missing = {"unet.safetensors", "ema.safetensors"} - set(files)
     if missing:
@@ -177,10 +187,15 @@ def load_last_intact(folder: Path, *, with_training_state: bool = False) -> Chec
 
     Returns:
         None when there is none.
+
+    Raises:
+        CheckpointError: The last one is of a newer format, which is no damage.
     """
     for path in reversed(list_checkpoints(folder)):
         try:
             return load_checkpoint(path, with_training_state=with_training_state)
+        except _NewerFormat:
+            raise
         except CheckpointError as error:
             aside = keep_aside(path)
             logger.warning("%s. Kept aside as %s; going on from the checkpoint before it.", error, aside.name)

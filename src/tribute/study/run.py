@@ -314,16 +314,17 @@ def plan_evaluations(
         config.fit.n_coalitions,
         config.fit.first_removal_seed,
         config.fit.datamodel_alpha,
-        seen={mask.tobytes() for _, mask in test},
+        seen={mask.tobytes() for _, _, mask in test},
+        paired=config.fit.paired and config.fit.removal_dist == "shapley",
     )
-    for removal_seed, mask in fit:
-        alpha = config.fit.datamodel_alpha if config.fit.removal_dist == "datamodel" else None
+    for removal_dist, removal_seed, mask in fit:
+        alpha = config.fit.datamodel_alpha if removal_dist == "datamodel" else None
         yield spec(
             "gd",
             "fit",
             mask,
             config.opt_seed,
-            removal_dist=config.fit.removal_dist,
+            removal_dist=removal_dist,
             datamodel_alpha=alpha,
             removal_seed=removal_seed,
         )
@@ -332,7 +333,7 @@ def plan_evaluations(
             mask = ~mask_from_idx([contributor_idx], n_contributors)
             yield spec("gd", "loo", mask, config.opt_seed, removal_dist="loo", removal_seed=contributor_idx)
     for opt_seed in config.test.opt_seeds:
-        for removal_seed, mask in test:
+        for _, removal_seed, mask in test:
             yield spec(
                 "retrain",
                 "test",
@@ -352,23 +353,28 @@ def _distinct_draws(
     alpha: float,
     *,
     seen: set[bytes],
-) -> list[tuple[int, Any]]:
-    """The first distinct coalitions of a removal distribution, with their seeds."""
-    draws: list[tuple[int, Any]] = []
+    paired: bool = False,
+) -> list[tuple[str, int, Any]]:
+    """The first distinct coalitions of a removal distribution, with its name and their seeds.
+
+    Paired, every draw is followed by its complement, and both must be new.
+    """
+    draws: list[tuple[str, int, Any]] = []
     seen = set(seen)
     removal_seed = first_seed
+    names = (removal_dist, f"{removal_dist}_complement") if paired else (removal_dist,)
     while len(draws) < n_coalitions:
-        mask = draw_coalition(removal_dist, n_contributors, removal_seed, datamodel_alpha=alpha)
-        if mask.tobytes() not in seen:
-            seen.add(mask.tobytes())
-            draws.append((removal_seed, mask))
+        masks = [draw_coalition(name, n_contributors, removal_seed, datamodel_alpha=alpha) for name in names]
+        if not any(mask.tobytes() in seen for mask in masks):
+            seen |= {mask.tobytes() for mask in masks}
+            draws += [(name, removal_seed, mask) for name, mask in zip(names, masks, strict=True)]
         removal_seed += 1
         if removal_seed - first_seed > 1000 + 100 * n_coalitions:
             raise FitError(
                 f"{removal_dist}: expected {n_coalitions} distinct coalitions of {n_contributors} contributors, "
-                f"found only {len(draws)}; ask for fewer"
+                f"found only {len(draws)} that are not test coalitions; ask for fewer"
             )
-    return draws
+    return draws[:n_coalitions]
 
 
 def _evaluate(

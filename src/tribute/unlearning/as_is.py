@@ -26,8 +26,9 @@ class AsIs:
     def obtain(self, coalition_mask: CoalitionMask, *, opt_seed: int) -> CoalitionModel:
         """The checkpoint's model; the empty coalition yields the untrained network of its architecture."""
         if not coalition_mask.any():
-            reset_weights(self._model, opt_seed)
-            return CoalitionModel(self._model, 0, 0.0)
+            untrained = build_model(self.checkpoint, device=self._model.device)
+            reset_weights(untrained, opt_seed)
+            return CoalitionModel(untrained, 0, 0.0)
         asked = mask_to_text(coalition_mask)
         trained = self.checkpoint.meta.get("coalition", asked)
         if trained != asked:
