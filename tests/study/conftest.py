@@ -94,7 +94,7 @@ def make_study(tmp_path: Path, tiny_preset: Path, monkeypatch: pytest.MonkeyPatc
             "preset": str(tiny_preset),
             "outdir": str(tmp_path / "runs"),
             "behaviors": ["ink_behaviors:brightness", "ink_behaviors:contrast:lower"],
-            "fit": {"n_coalitions": 36, "n_end_points": 2, "leave_one_out": True},
+            "fit": {"n_coalitions": 24, "n_end_points": 2, "leave_one_out": True, "first_removal_seed": 300},
             "test": {"n_coalitions": 4, "opt_seeds": [1, 2]},
             "n_threads": 1,
         }

@@ -31,7 +31,7 @@ def test_every_stage_leaves_what_the_next_one_needs(make_study: MakeStudy) -> No
     config = make_study()
     listener = SilentListener()
     result = run_study(config, listener)
-    n_expected = 2 * 2 + 36 + 10 + 4 * 2
+    n_expected = 2 * 2 + 24 + 10 + 4 * 2
     assert listener.n_evaluations == n_expected
     assert len(stored_values(config)) == n_expected
     for item in result.behaviors:
@@ -58,7 +58,7 @@ def test_a_second_run_measures_nothing_and_says_the_same(make_study: MakeStudy) 
 
 @pytest.mark.parametrize("interrupt_after", [1, 7])
 def test_an_interrupted_study_continues_to_the_same_values(make_study: MakeStudy, interrupt_after: int) -> None:
-    small = {"fit": {"n_coalitions": 36, "n_end_points": 1}, "test": {"n_coalitions": 0}}
+    small = {"fit": {"n_coalitions": 24, "n_end_points": 1, "first_removal_seed": 300}, "test": {"n_coalitions": 0}}
     undisturbed = make_study(name="undisturbed", **small)
     run_study(undisturbed, SilentListener())
     config = make_study(name="interrupted", **small)
@@ -68,7 +68,7 @@ def test_an_interrupted_study_continues_to_the_same_values(make_study: MakeStudy
         assert store.counts()["running"] == 0
     rest = SilentListener()
     run_study(config, rest)
-    assert rest.n_evaluations == 38 - interrupt_after
+    assert rest.n_evaluations == 26 - interrupt_after
 
     def without_name(values: dict[str, dict[str, float]]) -> list[tuple[float, ...]]:
         return sorted(tuple(item.values()) for item in values.values())
@@ -77,7 +77,7 @@ def test_an_interrupted_study_continues_to_the_same_values(make_study: MakeStudy
 
 
 def test_other_settings_under_the_same_name_are_refused_and_more_coalitions_are_not(make_study: MakeStudy) -> None:
-    fit = {"n_coalitions": 36, "n_end_points": 1}
+    fit = {"n_coalitions": 24, "n_end_points": 1, "first_removal_seed": 300}
     run_study(make_study(fit=fit, test={"n_coalitions": 0}), SilentListener())
     with pytest.raises(MixedResultsError, match=r"prune\.pruning_ratio: saved 0\.3, asked 0\.5"):
         run_study(
@@ -85,7 +85,7 @@ def test_other_settings_under_the_same_name_are_refused_and_more_coalitions_are_
             SilentListener(),
         )
     more = SilentListener()
-    run_study(make_study(fit=fit | {"n_coalitions": 39}, test={"n_coalitions": 0}), more)
+    run_study(make_study(fit=fit | {"n_coalitions": 27}, test={"n_coalitions": 0}), more)
     assert more.n_evaluations == 3
 
 

@@ -197,7 +197,7 @@ class ClassifierRecipe:
     batch_size: int = 128
     n_epochs: int = 40
     min_steps: int = 300
-    max_steps: int = 3000
+    max_steps: int = 1500
     learning_rate: float = 3e-3
     weight_decay: float = 0.05
     held_out_share: float = 0.2

@@ -133,6 +133,9 @@ class Trainer:
         device: Where to train; None lets Accelerate choose.
         log_with: Trackers of Accelerate, e.g. `("tensorboard",)`.
         project_dir: Where trackers write.
+
+    Raises:
+        ConfigError: The device is not there, or not with this precision, or the process already uses another.
     """
 
     def __init__(
@@ -152,12 +155,17 @@ class Trainer:
         self.images = images
         self.noise_schedule_config = noise_schedule
         self.noise_schedule = build_noise_schedule(noise_schedule)
-        self.accelerator: Accelerator = Accelerator(
-            mixed_precision=mixed_precision,
-            cpu=device == "cpu",
-            log_with=list(log_with) or None,
-            project_dir=project_dir,
-        )
+        try:
+            self.accelerator: Accelerator = Accelerator(
+                mixed_precision=mixed_precision,
+                cpu=device == "cpu",
+                log_with=list(log_with) or None,
+                project_dir=project_dir,
+            )
+        except ValueError as error:  # e.g. another precision earlier in this process
+            raise ConfigError(f"mixed_precision, device or tracker: Accelerate refuses them: {error}") from error
+        if device is not None and device.split(":")[0] != self.device.type:
+            raise ConfigError(f"device: asked for {device!r}, found {self.device.type!r} only; leave --device out")
         self._scaler_state = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
 
     @property

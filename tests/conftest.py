@@ -1,0 +1,78 @@
+"""What all tests share: real digits, the smallest networks that have every kind of layer, and fresh processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+# One thread here and in every child, before torch reads it: sums then have one order everywhere.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import pytest
+
+from tribute.config import NoiseScheduleConfig, UNetConfig
+from tribute.types import Images
+
+
+@pytest.fixture(scope="session")
+def digit_images() -> Images:
+    """1,797 real scans `(1797, 8, 8, 1)`."""
+    from sklearn.datasets import load_digits
+
+    flat = np.asarray(load_digits(return_X_y=True)[0])
+    return np.round(flat * 255 / 16).astype(np.uint8).reshape(-1, 8, 8, 1)
+
+
+@pytest.fixture(scope="session")
+def unet_config() -> UNetConfig:
+    """A UNet of 8x8 images with resamplers, skip connections and attention of several heads."""
+    return UNetConfig(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+        norm_num_groups=2,
+        downsample_padding=1,
+    )
+
+
+@pytest.fixture(scope="session")
+def noise_schedule() -> NoiseScheduleConfig:
+    """A short forward process that still ends in noise."""
+    return NoiseScheduleConfig(num_train_timesteps=50, beta_end=0.2)
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """Lets a test train with another precision: Accelerate keeps the first one of a process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def in_new_process() -> Callable[..., Any]:
+    """Calls a module-level function in a process of its own; `BrokenProcessPool` when that is killed.
+
+    The processes come from a server that has imported the heavy packages once and done nothing else.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["tribute.diffusion.train", "tribute.models.checkpoint", "diffusers.models.unets.unet_2d", "accelerate"]
+    )
+
+    def call(function: Callable[..., Any], *args: Any) -> Any:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(function, *args).result()
+
+    return call
