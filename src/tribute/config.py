@@ -126,9 +126,7 @@ class PruneConfig(Config):
 
     pruning_ratio: float = Field(default=0.3, ge=0, lt=1, description="Fraction of channels REMOVED per layer.")
     pruner: PrunerName = "magnitude"
-    thr: float = Field(
-        default=0.05, ge=0, le=1, description="diff-pruning: stop at loss below thr times the largest."
-    )
+    thr: float = Field(default=0.05, ge=0, le=1, description="diff-pruning: stop at loss below thr times the largest.")
     batch_size: int = Field(default=64, gt=0, description="Images for gradient-based importance.")
     seed: int = Field(default=0, ge=0, description="Root seed of the random pruner and of the noise for gradients.")
 

@@ -57,7 +57,7 @@ def test_numpy_scalars_name_the_stream_of_the_number_they_hold() -> None:
 
 def test_streams_of_neighbouring_ids_are_uncorrelated() -> None:
     draws = np.stack([numpy_stream(0, "a", i).standard_normal(2_000) for i in range(8)])
-    correlations = np.corrcoef(draws)[np.triu_indices(8, 1)]
+    correlations = np.asarray(np.corrcoef(draws))[np.triu_indices(8, 1)]
     assert np.abs(correlations).max() < 4 / np.sqrt(2_000)
 
 

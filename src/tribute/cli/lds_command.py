@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -15,9 +16,9 @@ from tribute.errors import ConfigError, FitError, StoreError
 from tribute.games.lds import lds_ceiling, lds_convergence
 from tribute.games.removal import canonical_removal_dist
 from tribute.store.interchange import PUBLISHED_BEHAVIOR_KEYS
-from tribute.store.records import EvaluationTable, Store
+from tribute.store.records import Contributor, EvaluationTable, Store
 from tribute.study.stages import EndPoints, fit_attributions, split_by_seed, without_tested
-from tribute.types import Attributions
+from tribute.types import Attributions, Behaviors, CoalitionMasks
 from tribute.unlearning.base import check_method
 
 _KERNEL_OF_LAW = {
@@ -75,10 +76,10 @@ def run(argv: Sequence[str]) -> None:
     if arguments.dry_run:
         print_settings({**arguments.model_dump(), "kernel": kernel, "model_behavior_key": behavior_name})
         return
-    fit_table, names, sizes_of = _read_fit(arguments, behavior_name)
+    evaluations = read_fit(arguments, behavior_name)
     end_points = read_end_points(arguments, behavior_name)
     test_masks, test_behaviors = read_test(arguments, behavior_name)
-    masks, behaviors, n_dropped = fit_table.masks, fit_table.behaviors, 0
+    masks, behaviors, n_dropped = evaluations.masks, evaluations.behaviors, 0
     if test_masks is not None:
         masks, behaviors, n_dropped = without_tested(masks, behaviors, test_masks)
     masks, behaviors = masks[: arguments.max_train_size], behaviors[: arguments.max_train_size]
@@ -86,7 +87,7 @@ def run(argv: Sequence[str]) -> None:
         fit_attributions,
         end_points=end_points,
         kernel=kernel,
-        contributor_names=names,
+        contributor_names=[item.contributor_name for item in evaluations.contributors],
         ridge=arguments.ridge,
         interval=arguments.interval,
         **({"estimator": arguments.estimator} if kernel == "shapley" else {}),
@@ -96,7 +97,7 @@ def run(argv: Sequence[str]) -> None:
     if test_masks is not None:
         _print_convergence(arguments, fit, masks, behaviors, test_masks, test_behaviors)
     attributions = fit(masks, behaviors)
-    _print_attributions(arguments, behavior_name, fit_table, attributions, names, sizes_of)
+    _print_attributions(behavior_name, evaluations, attributions)
 
 
 def check_other_flags(arguments: LdsArguments) -> None:
@@ -134,21 +135,56 @@ def _read(db: str, behavior_name: str, flag: str, remedy: str, **filters: Any) -
     return table, store
 
 
-def _read_fit(arguments: LdsArguments, behavior_name: str) -> tuple[EvaluationTable, list[str], list[int]]:
-    """Fit evaluations with the names and sizes of the contributors."""
+@dataclass(frozen=True)
+class FitEvaluations:
+    """What attributions are fitted to.
+
+    Attributes:
+        masks: `(n_fit, n_contributors)`, in the order in which they were drawn.
+        behaviors: `(n_fit,)`.
+        definition: Of the behavior: unit, direction, variant.
+        contributors: Names and numbers of examples.
+    """
+
+    masks: CoalitionMasks
+    behaviors: Behaviors
+    definition: dict[str, Any]
+    contributors: list[Contributor]
+
+
+def read_fit(arguments: LdsArguments, behavior_name: str) -> FitEvaluations:
+    """Fit evaluations; those of `shapley` with the complements that were measured beside them."""
+    law = canonical_removal_dist(arguments.removal_dist)
+    filters = {"dataset": arguments.dataset, "exp_name": arguments.train_exp_name, "method": arguments.method}
     table, store = _read(
         arguments.train_db,
         behavior_name,
         "--train_db",
         "Measure coalitions with unlearn.py first.",
-        dataset=arguments.dataset,
-        exp_name=arguments.train_exp_name,
-        method=arguments.method,
-        removal_dist=canonical_removal_dist(arguments.removal_dist),
+        **filters,
+        removal_dist=law,
     )
     with store:
+        tables = [table]
+        if law == "shapley":
+            tables.append(
+                store.read(
+                    behavior_name=behavior_name,
+                    study_id=table.study_id,
+                    method=arguments.method,
+                    removal_dist="shapley_complement",
+                )
+            )
         contributors = store.contributors(table.study_id) if table.study_id is not None else []
-    return table, [item.contributor_name for item in contributors], [item.n_examples for item in contributors]
+    tables = [item for item in tables if len(item)]
+    which = np.repeat(np.arange(len(tables)), [len(item) for item in tables])
+    order = np.lexsort((which, np.concatenate([item.removal_seeds for item in tables])))
+    return FitEvaluations(
+        masks=np.concatenate([item.masks for item in tables])[order],
+        behaviors=np.concatenate([item.behaviors for item in tables])[order],
+        definition=dict(table.definition or {}),
+        contributors=contributors,
+    )
 
 
 def read_end_points(arguments: LdsArguments, behavior_name: str) -> EndPoints:
@@ -249,22 +285,15 @@ def _print_convergence(
         )
 
 
-def _print_attributions(
-    arguments: LdsArguments,
-    behavior_name: str,
-    table: EvaluationTable,
-    attributions: Attributions,
-    names: list[str],
-    n_examples: list[int],
-) -> None:
+def _print_attributions(behavior_name: str, evaluations: FitEvaluations, attributions: Attributions) -> None:
     """Attributions by contributor name, the best first."""
-    higher = bool((table.definition or {}).get("higher_is_better", True))
+    higher = bool(evaluations.definition.get("higher_is_better", True))
     order = np.argsort(-attributions.values * (1 if higher else -1), kind="stable")
     intervals = attributions.intervals()
     rows = [
         [
-            names[i],
-            f"{n_examples[i]:,}",
+            evaluations.contributors[i].contributor_name,
+            f"{evaluations.contributors[i].n_examples:,}",
             f"{attributions.values[i]:+.4f}",
             f"{intervals[i, 0]:+.4f} to {intervals[i, 1]:+.4f}",
         ]

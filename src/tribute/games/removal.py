@@ -64,7 +64,8 @@ def draw_coalition(
     Args:
         removal_dist: `shapley` (size s in 1..n-1 with probability proportional to 1 / (s (n - s)), then
             members uniform), `shapley_complement` (everyone whom `shapley` removes at the same seed: the other
-            half of a complement pair, of the same law), `datamodel` (uniform of size `int(datamodel_alpha * n)`), `uniform` (each
+            half of a complement pair, of the same law), `datamodel` (uniform of size
+            `int(datamodel_alpha * n)`), `uniform` (each
             present with probability 1/2, drawn again when nobody or everybody is), `loo` (seed j removes
             contributor j), `add_one_in` (seed j keeps contributor j only), `empty`, or None for the grand
             coalition. `datashapley`, `leave_one_out`, `grand` and "None" are other spellings.
