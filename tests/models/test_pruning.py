@@ -142,18 +142,21 @@ def test_the_ratio_is_the_fraction_removed(configs: Any, make_loss: Any) -> None
         assert size / sizes[0] == pytest.approx(kept**2, abs=0.1)
 
 
+def weights(model: nn.Module) -> torch.Tensor:
+    """All weights but those of norms, which start as ones and zeros."""
+    return torch.cat(
+        [p.detach().flatten() for name, p in model.named_parameters() if p.ndim > 1 and "norm" not in name]
+    )
+
+
 def test_reinit_removes_random_channels_and_keeps_no_weight(pruned: Any, configs: Any) -> None:
     reinit, reinit_result = pruned["attention", "reinit"]
     random, random_result = pruned["attention", "random"]
     assert reinit_result.recipe["removed_channels"] == random_result.recipe["removed_channels"]
-    trained = set(torch.cat([p.detach().flatten() for p in build_unet(configs["attention"], opt_seed=3).parameters()]))
-    trained = {float(value) for value in trained} - {0.0, 1.0}  # new GroupNorms are ones and zeros
-
-    def kept(model: nn.Module) -> int:
-        return sum(float(value) in trained for parameter in model.parameters() for value in parameter.flatten())
-
-    assert kept(random) > 0.9 * sum(p.numel() for p in random.parameters() if p.ndim > 1)
-    assert kept(reinit) == 0
+    trained = weights(build_unet(configs["attention"], opt_seed=3))
+    assert torch.isin(weights(random), trained).all()
+    assert torch.isin(weights(reinit), trained).float().mean() < 0.02  # uniform draws of 24 bits coincide now and then
+    assert all(parameter.square().sum() > 0 for name, parameter in reinit.named_parameters() if "weight" in name)
 
 
 def test_the_random_pruner_follows_its_seed_and_leaves_the_global_generator_alone(configs: Any, make_loss: Any) -> None:
@@ -173,7 +176,7 @@ def test_magnitude_removes_the_channels_that_are_small(configs: Any) -> None:
     config = configs["digits"]  # 16 channels in 2 groups
     model = build_unet(config, opt_seed=3)
     small = [0, 3, 6, 7, 8, 11, 14, 15]
-    block = model.down_blocks[0].resnets[0]
+    block: Any = model.get_submodule("down_blocks.0.resnets.0")
     with torch.no_grad():
         for layer in (block.conv1, block.time_emb_proj, block.norm2):
             layer.weight[small] *= 1e-6
@@ -204,7 +207,7 @@ def test_diff_pruning_without_threshold_scores_by_all_noise_levels(configs: Any,
     pruned_model, _ = prune(config, make_loss, pruner="diff-pruning", thr=0.0, pruning_ratio=0.5)
     twin = build_unet(config, opt_seed=3).eval()
     gradients(twin, make_loss(twin), range(N_TIMESTEPS))
-    attention = twin.mid_block.attentions[0]
+    attention: Any = twin.get_submodule("mid_block.attentions.0")
     tp.pruner.MagnitudePruner(
         twin,
         {"sample": torch.zeros(1, 1, 8, 8), "timestep": torch.ones(1, dtype=torch.long)},  # pyright: ignore[reportArgumentType]
@@ -221,7 +224,7 @@ def test_diff_pruning_without_threshold_scores_by_all_noise_levels(configs: Any,
 def test_the_threshold_of_diff_pruning_ends_the_sum_of_gradients(configs: Any, make_loss: Any) -> None:
     """Fang et al. (2023): noise levels whose loss is below thr times the largest are left out."""
     config = configs["digits"]
-    losses = [float(make_loss(build_unet(config, opt_seed=3).eval())(t)) for t in range(N_TIMESTEPS)]
+    losses = [make_loss(build_unet(config, opt_seed=3).eval())(t).item() for t in range(N_TIMESTEPS)]
     # An untrained network errs equally everywhere; scale the losses so that they fall with the noise level.
     scales = [2.0**-t / loss for t, loss in enumerate(losses)]
 
@@ -237,7 +240,7 @@ def test_the_threshold_of_diff_pruning_ends_the_sum_of_gradients(configs: Any, m
     stopped, few_levels = run("diff-pruning", 0.2, scales)
     assert stopped == [0, 1, 2, 3]  # 1, 1/2, 1/4, and 1/8 < 0.2 ends it
     assert few_levels == run("diff-pruning", 0.0, [*scales[:3], *[0.0] * 5])[1]
-    assert few_levels != all_levels or stopped != everything
+    assert few_levels != all_levels
     assert run("taylor", 0.2, scales)[0] == everything  # only diff-pruning has a threshold
     assert run("diff-pruning", 1.0, scales)[0] == [0, 1]  # the largest loss itself always counts
 

@@ -9,8 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import tribute
-
 _PACKAGES = ("torch", "diffusers", "accelerate", "torch-pruning", "numpy", "scipy", "scikit-learn")
 
 
@@ -18,7 +16,7 @@ _PACKAGES = ("torch", "diffusers", "accelerate", "torch-pruning", "numpy", "scip
 def _environment() -> dict[str, Any]:
     """Versions and commit; they do not change while a process runs."""
     return {
-        "tribute": tribute.__version__,
+        "tribute": importlib.metadata.version("tribute"),
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
