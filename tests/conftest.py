@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 # One thread here and in every child, before torch reads it: sums then have one order everywhere.
@@ -61,18 +62,21 @@ def fresh_accelerator() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def in_new_process() -> Callable[..., Any]:
-    """Calls a module-level function in a process of its own; `BrokenProcessPool` when that is killed.
-
-    The processes come from a server that has imported the heavy packages once and done nothing else.
-    """
+def process_server() -> ForkServerContext:
+    """Where new processes come from: a server that has imported the heavy packages once and done nothing else."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["tribute.diffusion.train", "tribute.models.checkpoint", "diffusers.models.unets.unet_2d", "accelerate"]
     )
+    return context
+
+
+@pytest.fixture(scope="session")
+def in_new_process(process_server: ForkServerContext) -> Callable[..., Any]:
+    """Calls a module-level function in a process of its own; `BrokenProcessPool` when that is killed."""
 
     def call(function: Callable[..., Any], *args: Any) -> Any:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
+        with ProcessPoolExecutor(1, mp_context=process_server) as pool:
             return pool.submit(function, *args).result()
 
     return call

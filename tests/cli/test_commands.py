@@ -160,6 +160,7 @@ def test_export_and_import_give_the_same_store_again(capsys: pytest.CaptureFixtu
         ("train", "--dataset cifar --method retrain", ["data_dir"]),
         ("train", "--dataset digits --method retrain --removal_dist empty --n_steps 1", ["empty"]),
         ("train", "--dataset digits --method prune_fine_tune --outdir nowhere", ["prune.py", "--load"]),
+        ("train", "--dataset digits --method retrain --outdir ink.py", ["--outdir", "ink.py", "writable"]),
         ("prune", f"--load {FULL} --pruning_ratio 1.0", ["--pruning_ratio", "1.0"]),
         ("prune", f"--load {FULL} --pruning_ratio -0.1", ["--pruning_ratio", "-0.1"]),
         ("prune", "--load nowhere", ["nowhere", "no checkpoint"]),

@@ -23,7 +23,7 @@ def model(unet_config: UNetConfig) -> UNet2DModel:
 
 
 def settings(sampler: str = "ddim", **changes: Any) -> SampleConfig:
-    values = {"n_samples": 20, "num_inference_steps": 5, "batch_size": 20, "sampler": sampler, **changes}
+    values = {"n_samples": 20, "num_inference_steps": 4, "batch_size": 20, "sampler": sampler, **changes}
     return SampleConfig.parse(values, where="test")
 
 
@@ -60,7 +60,7 @@ def test_an_image_does_not_depend_on_the_batch(model: UNet2DModel, noise_schedul
     assert images.shape == (20, 8, 8, 1)
     assert images.dtype == np.uint8
     assert len(np.unique(images.reshape(20, -1), axis=0)) == 20
-    for batch_size in (1, 3, 7, 16, 19, 64):
+    for batch_size in (1, 7, 19, 64):
         again = sample_images(model, settings(sampler, batch_size=batch_size), noise_schedule)
         np.testing.assert_array_equal(again, images)
     np.testing.assert_array_equal(sample_images(model, settings(sampler, n_samples=9), noise_schedule), images[:9])
@@ -128,7 +128,7 @@ def test_sampling_leaves_the_model_and_the_global_generator_as_they_were(
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_more_steps_than_noise_levels_are_refused(model: UNet2DModel, noise_schedule: Any, sampler: str) -> None:
-    with pytest.raises(ConfigError, match="num_inference_steps: expected at most the 50 .* found 51"):
+    with pytest.raises(ConfigError, match=r"num_inference_steps: expected at most the 50 .* found 51"):
         sample_images(model, settings(sampler, num_inference_steps=51), noise_schedule)
     assert len(sample_images(model, settings(sampler, num_inference_steps=50, n_samples=1), noise_schedule)) == 1
 
@@ -154,7 +154,7 @@ def test_both_samplers_solve_the_probability_flow(sampler: str) -> None:
     """
     schedule = NoiseScheduleConfig(clip_sample=False)
     model = KnownDenoiser(schedule, mean=0.1, deviation=0.2)
-    config = settings(sampler, num_inference_steps=100, n_samples=50)
+    config = settings(sampler, num_inference_steps=500, n_samples=50)
     images = sample_images(cast(UNet2DModel, model), config, schedule)
     noise = initial_noise(0, range(50), (1, 4, 4))
     expected = to_uint8(0.1 + 0.2 * noise)
@@ -184,7 +184,7 @@ def ddim_twin(model: UNet2DModel, schedule: NoiseScheduleConfig, n_steps: int, i
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("n_steps", [3, 10, 50])
+@pytest.mark.parametrize("n_steps", [3, 25])
 def test_ddim_agrees_with_a_naive_loop(unet_config: UNetConfig, prediction_type: Any, n_steps: int) -> None:
     schedule = NoiseScheduleConfig(num_train_timesteps=50, beta_end=0.2, prediction_type=prediction_type)
     model = build_unet(unet_config, opt_seed=5).eval()
@@ -202,7 +202,7 @@ def test_all_grey_levels_survive_both_ways() -> None:
     assert tensor.dtype == torch.float32
     assert (tensor.min().item(), tensor.max().item()) == (-1.0, 1.0)
     np.testing.assert_array_equal(to_uint8(tensor), levels)
-    assert tensor[1, 1, 0, 0].item() == pytest.approx(levels[1, 0, 0, 1] / 127.5 - 1)
+    assert tensor[1, 1, 0, 0].item() == pytest.approx(levels[1, 0, 0, 1] / 127.5 - 1, abs=1e-6)
 
 
 def test_values_outside_are_clipped_and_the_nearest_level_taken() -> None:

@@ -164,6 +164,11 @@ class Trainer:
             )
         except ValueError as error:  # e.g. another precision earlier in this process
             raise ConfigError(f"mixed_precision, device or tracker: Accelerate refuses them: {error}") from error
+        if len(self.accelerator.log_with) < len(log_with):  # Accelerate leaves out what is not installed
+            raise ConfigError(
+                f"report_to: the package of the tracker {', '.join(log_with)} is not installed; install it, or leave "
+                "--report_to out"
+            )
         if device is not None and device.split(":")[0] != self.device.type:
             raise ConfigError(f"device: asked for {device!r}, found {self.device.type!r} only; leave --device out")
         self._scaler_state = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}

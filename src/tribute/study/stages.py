@@ -15,7 +15,7 @@ from tribute.config import PruneConfig, TrainConfig
 from tribute.diffusion.loss import denoising_loss
 from tribute.diffusion.sample import from_uint8
 from tribute.diffusion.train import CheckpointPolicy, Progress
-from tribute.errors import FitError, MixedResultsError
+from tribute.errors import CheckpointError, FitError, MixedResultsError
 from tribute.games.kernels import ATTRIBUTION_KERNELS
 from tribute.games.lds import LDSCeiling, LDSResult, disjoint_from, lds, lds_ceiling
 from tribute.models.build import build_unet
@@ -99,7 +99,16 @@ def checkpoint_policy(
     start: Checkpoint | None,
     removal: Mapping[str, Any] | None = None,
 ) -> CheckpointPolicy:
-    """How a run is saved, and what must agree for it to be resumed."""
+    """How a run is saved, and what must agree for it to be resumed.
+
+    Raises:
+        CheckpointError: The folder cannot be made; better said now than after the first hours.
+    """
+    try:
+        saving.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"--outdir: {saving.folder} cannot be made ({error}); choose a writable folder"
+        raise CheckpointError(message) from error
     identity = {
         "data": worker.data.fingerprint,
         "method": method,
