@@ -247,7 +247,7 @@ class StudyConfig(Config):
     fit: FitCoalitionsConfig = FitCoalitionsConfig()
     test: TestCoalitionsConfig = TestCoalitionsConfig()
     estimator: Literal["least_squares", "size_adjusted"] = "size_adjusted"
-    n_threads: int | None = Field(default=None, gt=0, description="Threads of one worker; None: all cores.")
+    n_threads: int | None = Field(default=None, gt=0, description="Threads of the worker; None: PyTorch's choice.")
     ckpt_freq: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")

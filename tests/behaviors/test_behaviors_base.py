@@ -97,9 +97,7 @@ def test_fixed_directions_cannot_be_turned() -> None:
 def test_registered_behaviors_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
     monkeypatch.setattr(base, "_ALIASES", dict(base._ALIASES))
-    register_behavior(
-        "mean", lambda: CallableBehavior(lambda images: float(images.mean()), "mean"), aliases=["m"]
-    )
+    register_behavior("mean", lambda: CallableBehavior(lambda images: float(images.mean()), "mean"), aliases=["m"])
     assert get_behavior("m").name == "mean"
     for taken in ("mean", "m", "is", "a:b"):
         with pytest.raises(ConfigError, match=repr(taken)):
@@ -111,10 +109,7 @@ def test_one_feature_pass_for_all(images: Images, counting: CountingExtractor, r
     values = measure_behaviors(images, behaviors, extractor=counting, reference=reference)
     assert counting.n_passes == 1
     assert tuple(values) == GLOBAL_BEHAVIORS
-    alone = {
-        b.name: measure_behaviors(images, [b], extractor=counting, reference=reference)[b.name]
-        for b in behaviors
-    }
+    alone = {b.name: measure_behaviors(images, [b], extractor=counting, reference=reference)[b.name] for b in behaviors}
     assert values == alone
 
 
@@ -275,7 +270,6 @@ def test_fingerprint_tells_images_and_extractors_apart(make_features: Callable[.
     features = make_features(np.eye(4))
     other = Features(features.images + np.uint8(1), features.embeddings)
     found = {
-        Reference(f, extractor_fingerprint=e).fingerprint
-        for f, e in ((features, "a"), (features, "b"), (other, "a"))
+        Reference(f, extractor_fingerprint=e).fingerprint for f, e in ((features, "a"), (features, "b"), (other, "a"))
     }
     assert len(found) == 3

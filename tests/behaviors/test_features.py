@@ -32,9 +32,7 @@ Digits = tuple[Images, np.ndarray]
 
 def quick(digits: Digits, cache_dir: Path | None = None, seed: int = 0) -> ClassifierExtractor:
     images, labels = digits[0][:200], digits[1][:200]
-    return train_or_load_classifier(
-        images, labels, label_names=NAMES, cache_dir=cache_dir, seed=seed, recipe=QUICK
-    )
+    return train_or_load_classifier(images, labels, label_names=NAMES, cache_dir=cache_dir, seed=seed, recipe=QUICK)
 
 
 def test_digits_are_told_apart(classifier: ClassifierExtractor) -> None:
@@ -181,9 +179,7 @@ def test_other_image_sizes(shape: tuple[int, int, int]) -> None:
     images[12:] //= 4
     recipe = ClassifierRecipe(min_steps=4, max_steps=4, batch_size=12)
     labels = np.repeat([0, 1], 12)
-    found = train_or_load_classifier(
-        images, labels, label_names=["light", "dark"], cache_dir=None, recipe=recipe
-    )
+    found = train_or_load_classifier(images, labels, label_names=["light", "dark"], cache_dir=None, recipe=recipe)
     assert found.extract(images).embeddings.shape == (24, 64)
 
 
@@ -200,9 +196,7 @@ def test_augmentation_shifts_within_reach_and_mirrors_only_colour(n_channels: in
             for top in range(5)
             for left in range(3)
             for mirrored in (False, True)
-            if np.array_equal(
-                padded[:, top : top + 16, left : left + 8][..., :: -1 if mirrored else 1], shifted
-            )
+            if np.array_equal(padded[:, top : top + 16, left : left + 8][..., :: -1 if mirrored else 1], shifted)
         }
         assert len(matches) == 1
         found |= matches

@@ -147,9 +147,7 @@ def naive_kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     def kernel(x, y):
         return (float(x @ y) / len(x) + 1) ** 3
 
-    within = [
-        np.mean([kernel(x, y) for i, x in enumerate(s) for j, y in enumerate(s) if i != j]) for s in (a, b)
-    ]
+    within = [np.mean([kernel(x, y) for i, x in enumerate(s) for j, y in enumerate(s) if i != j]) for s in (a, b)]
     return float(sum(within) - 2 * np.mean([kernel(x, y) for x in a for y in b]))
 
 
@@ -174,9 +172,7 @@ def test_kernel_distance_agrees_with_torchmetrics(generated: Features, real: Ref
 def test_kernel_distance_is_unbiased(make_features: MakeFeatures, make_reference: MakeReference) -> None:
     rng = np.random.default_rng(0)
     draws = [
-        KernelDistance().measure(
-            make_features(rng.normal(size=(20, 4))), make_reference(rng.normal(size=(30, 4)))
-        )
+        KernelDistance().measure(make_features(rng.normal(size=(20, 4))), make_reference(rng.normal(size=(30, 4))))
         for _ in range(200)
     ]
     assert abs(np.mean(draws)) < 3 * np.std(draws) / np.sqrt(len(draws))

@@ -53,9 +53,7 @@ def test_disjoint_sets(clouds: Clouds, make_features: MakeFeatures, make_referen
     assert (Precision().measure(generated, real), Recall().measure(generated, real)) == (0.0, 0.0)
 
 
-def test_one_image_repeated_is_precise_but_recalls_only_itself(
-    clouds: Clouds, make_features, make_reference
-) -> None:
+def test_one_image_repeated_is_precise_but_recalls_only_itself(clouds: Clouds, make_features, make_reference) -> None:
     generated, real = make_features(np.tile(clouds[1][5], (20, 1))), make_reference(clouds[1])
     assert Precision().measure(generated, real) == 1.0
     assert Recall().measure(generated, real) == pytest.approx(1 / 90)
@@ -74,9 +72,7 @@ def test_order_and_blocks_do_not_matter(clouds: Clouds, make_features, make_refe
     assert (Precision().measure(generated, real), Recall().measure(generated, real)) == expected
 
 
-def test_large_references_are_subsampled_by_a_fixed_rule(
-    clouds: Clouds, make_features, make_reference
-) -> None:
+def test_large_references_are_subsampled_by_a_fixed_rule(clouds: Clouds, make_features, make_reference) -> None:
     generated, real = make_features(clouds[0]), make_reference(clouds[1])
     rows = real.rows(50)
     assert len(np.unique(rows)) == 50 and np.array_equal(rows, make_reference(clouds[1]).rows(50))

@@ -207,6 +207,18 @@ def test_lds_says_what_is_missing_and_how_to_get_it(capsys: pytest.CaptureFixtur
     assert "no_by_class" in fails("lds", lds + " --no-by_class", capsys).replace("-", "_")
 
 
+def test_lds_refuses_evaluations_of_different_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    tribute("unlearn", QUICK_GD + " --removal_dist shapley --removal_seed 0")
+    tribute("unlearn", QUICK_GD.replace("--gd_steps 2", "--gd_steps 3") + " --removal_dist shapley --removal_seed 1")
+    message = fails(
+        "lds",
+        "--train_db results.db --train_exp_name e1 --max_train_size 10 --model_behavior_key ink:brightness",
+        capsys,
+    )
+    assert "different settings: train" in message
+    assert "--exp_name" in message
+
+
 def test_an_unknown_setting_of_a_study_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     Path("study.yaml").write_text("name: s\nfit: {n_coalition: 3}\nbehaviours: [fid]\n")
     message = fails("run", "study.yaml", capsys)

@@ -49,7 +49,7 @@ def save(folder: Path, n_steps: int, **changes: Any) -> Path:
     arguments = {
         "unet": tensors(n_steps),
         "ema": tensors(n_steps + 100),
-        "meta": {"seconds_train": 1.5, "names": ["é", 'quote"'], "none": None},
+        "meta": {"seconds_train": 1.5, "names": ("é", 'quote"'), "none": None, "counts": {2: 0.1, 10: 1e300}},
         "pruning": {"version": 1, "widths": {"layer": [3, 4]}},
         "training_state": tensors(n_steps + 200),
     }

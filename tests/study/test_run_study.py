@@ -11,7 +11,7 @@ import pytest
 from conftest import SilentListener
 
 from tribute.config import StudyConfig
-from tribute.errors import BehaviorError, FitError, MixedResultsError
+from tribute.errors import BehaviorError, ConfigError, FitError, MixedResultsError
 from tribute.games.coalitions import coalition_key
 from tribute.store.records import Store
 from tribute.study.outputs import attributions_csv, credit_order, shares, summary, write_outputs
@@ -87,6 +87,12 @@ def test_other_settings_under_the_same_name_are_refused_and_more_coalitions_are_
     more = SilentListener()
     run_study(make_study(fit=fit | {"n_coalitions": 27}, test={"n_coalitions": 0}), more)
     assert more.n_evaluations == 3
+
+
+def test_a_mistyped_setting_does_not_lock_the_name_of_the_study(make_study: MakeStudy) -> None:
+    with pytest.raises(ConfigError, match="brightnes"):
+        run_study(make_study(behaviors=["brightnes"]), SilentListener())
+    assert not make_study().run_dir.exists()
 
 
 def test_a_behavior_that_is_not_a_number_fails_the_evaluation_not_the_store(make_study: MakeStudy) -> None:

@@ -15,6 +15,8 @@ COMMANDS = {
     "import": "read JSONL of the published layout into a store",
 }
 
+_SCRIPTS = {"train": "main.py", "prune": "prune.py", "unlearn": "unlearn.py", "lds": "lds.py"}
+
 _HELP = """usage: tribute COMMAND [--flags]
 
 Credit the contributors of a diffusion model's training data.
@@ -35,6 +37,7 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> None:
     Exits with 0, with 1 for an error that the user can repair, 2 for wrong usage, 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    prog = _SCRIPTS.get(command or "", "tribute")
     if command is None:
         if not arguments or arguments[0] in ("-h", "--help"):
             lines = "\n".join(f"  {name:<9}{text}" for name, text in COMMANDS.items())
@@ -46,13 +49,14 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> None:
             print(f"tribute {__version__}")
             return
         command, arguments = arguments[0], arguments[1:]
+        prog = f"tribute {command}"
     if command not in COMMANDS:
         print(f"tribute: unknown command {command!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
-    _dispatch(command, arguments)
+    _dispatch(command, arguments, prog)
 
 
-def _dispatch(command: str, arguments: list[str]) -> None:
+def _dispatch(command: str, arguments: list[str], prog: str) -> None:
     """Run a command and turn what a user can repair into one clear line."""
     import importlib
 
@@ -62,7 +66,7 @@ def _dispatch(command: str, arguments: list[str]) -> None:
     module = importlib.import_module(f"tribute.cli.{command}_command")
     setup_logging()
     try:
-        module.run(arguments)
+        module.run(arguments, prog)
     except TributeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -39,6 +40,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 def print_line(text: str) -> None:
     """One line of plain text."""
     console.print(text, markup=False, soft_wrap=True)
+
+
+def interval_text(low: float, high: float) -> str:
+    """An interval as text; one that could not be estimated is unknown."""
+    return "unknown" if math.isnan(low) else f"{low:+.4f} to {high:+.4f}"
 
 
 class TrainingReport:

@@ -31,9 +31,9 @@ class ExportArguments(Arguments):
     max_examples: int | None = Field(default=None, gt=0, description="With --dataset: only the first rows.")
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str], prog: str) -> None:
     """Parse the flags, write the file, print how many evaluations it holds."""
-    arguments = parse(ExportArguments, argv, prog="tribute export", description="Write a store for other programs.")
+    arguments = parse(ExportArguments, argv, prog=prog, description="Write a store for other programs.")
     with Store.open(arguments.db, create=False) as store:
         if arguments.format == "csv":
             n_lines = export_csv(store, arguments.out, exp_name=arguments.exp_name)

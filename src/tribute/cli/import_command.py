@@ -29,9 +29,9 @@ class ImportArguments(Arguments):
     max_examples: int | None = Field(default=None, gt=0, description="With --dataset: only the first rows.")
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str], prog: str) -> None:
     """Parse the flags, read the file, print how many evaluations are new."""
-    arguments = parse(ImportArguments, argv, prog="tribute import", description="Read the published layout.")
+    arguments = parse(ImportArguments, argv, prog=prog, description="Read the published layout.")
     table = None
     if arguments.dataset is not None:
         source = {name: getattr(arguments, name) for name in DataConfig.model_fields}

@@ -11,8 +11,8 @@ import numpy as np
 from pydantic import Field
 
 from tribute.cli.arguments import Arguments, RemovalDist, parse, print_settings
-from tribute.cli.console import print_line, print_table
-from tribute.errors import ConfigError, FitError, StoreError
+from tribute.cli.console import interval_text, print_line, print_table
+from tribute.errors import ConfigError, FitError, MixedResultsError, StoreError
 from tribute.games.lds import lds_ceiling, lds_convergence
 from tribute.games.removal import canonical_removal_dist
 from tribute.store.interchange import PUBLISHED_BEHAVIOR_KEYS
@@ -27,6 +27,15 @@ _KERNEL_OF_LAW = {
     "uniform": "banzhaf",
     "loo": "loo",
     "add_one_in": "add_one_in",
+}
+
+
+_END_POINTS_OF = {
+    "shapley": ("empty", "grand"),
+    "datamodel": (),
+    "banzhaf": (),
+    "loo": ("grand",),
+    "add_one_in": ("empty",),
 }
 
 
@@ -64,11 +73,9 @@ class LdsArguments(Arguments):
     dry_run: bool = Field(default=False, description="Print the resolved settings and stop.")
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str], prog: str) -> None:
     """Parse the flags, fit, score, print."""
-    arguments = parse(
-        LdsArguments, argv, prog="lds.py", description="Fit attributions and score them on retrained models."
-    )
+    arguments = parse(LdsArguments, argv, prog=prog, description="Fit attributions and score them on retrained models.")
     check_method(arguments.method)
     check_other_flags(arguments)
     kernel = arguments.kernel or _KERNEL_OF_LAW[canonical_removal_dist(arguments.removal_dist) or ""]
@@ -77,8 +84,8 @@ def run(argv: Sequence[str]) -> None:
         print_settings({**arguments.model_dump(), "kernel": kernel, "model_behavior_key": behavior_name})
         return
     evaluations = read_fit(arguments, behavior_name)
-    end_points = read_end_points(arguments, behavior_name)
-    test_masks, test_behaviors = read_test(arguments, behavior_name)
+    end_points = read_end_points(arguments, kernel, behavior_name, evaluations)
+    test_masks, test_behaviors = read_test(arguments, behavior_name, evaluations)
     masks, behaviors, n_dropped = evaluations.masks, evaluations.behaviors, 0
     if test_masks is not None:
         masks, behaviors, n_dropped = without_tested(masks, behaviors, test_masks)
@@ -144,24 +151,27 @@ class FitEvaluations:
         behaviors: `(n_fit,)`.
         definition: Of the behavior: unit, direction, variant.
         contributors: Names and numbers of examples.
+        settings: Of every evaluation.
     """
 
     masks: CoalitionMasks
     behaviors: Behaviors
     definition: dict[str, Any]
     contributors: list[Contributor]
+    settings: list[dict[str, Any]]
 
 
 def read_fit(arguments: LdsArguments, behavior_name: str) -> FitEvaluations:
     """Fit evaluations; those of `shapley` with the complements that were measured beside them."""
     law = canonical_removal_dist(arguments.removal_dist)
-    filters = {"dataset": arguments.dataset, "exp_name": arguments.train_exp_name, "method": arguments.method}
     table, store = _read(
         arguments.train_db,
         behavior_name,
         "--train_db",
         "Measure coalitions with unlearn.py first.",
-        **filters,
+        dataset=arguments.dataset,
+        exp_name=arguments.train_exp_name,
+        method=arguments.method,
         removal_dist=law,
     )
     with store:
@@ -171,6 +181,7 @@ def read_fit(arguments: LdsArguments, behavior_name: str) -> FitEvaluations:
                 store.read(
                     behavior_name=behavior_name,
                     study_id=table.study_id,
+                    exp_name=arguments.train_exp_name,
                     method=arguments.method,
                     removal_dist="shapley_complement",
                 )
@@ -179,21 +190,56 @@ def read_fit(arguments: LdsArguments, behavior_name: str) -> FitEvaluations:
     tables = [item for item in tables if len(item)]
     which = np.repeat(np.arange(len(tables)), [len(item) for item in tables])
     order = np.lexsort((which, np.concatenate([item.removal_seeds for item in tables])))
-    return FitEvaluations(
+    evaluations = FitEvaluations(
         masks=np.concatenate([item.masks for item in tables])[order],
         behaviors=np.concatenate([item.behaviors for item in tables])[order],
         definition=dict(table.definition or {}),
         contributors=contributors,
+        settings=[settings for item in tables for settings in item.settings],
     )
+    for item in tables:
+        check_same_settings("--train_exp_name", evaluations, item, keys=None)
+    return evaluations
 
 
-def read_end_points(arguments: LdsArguments, behavior_name: str) -> EndPoints:
-    """v(empty) and v(grand), every measurement of them."""
-    values = []
-    for flag, db, exp_name, removal_dist in (
-        ("--null_db", arguments.null_db, arguments.null_exp_name, "empty"),
-        ("--full_db", arguments.full_db, arguments.full_exp_name, None),
+def check_same_settings(
+    flag: str, evaluations: FitEvaluations, other: EvaluationTable, *, keys: tuple[str, ...] | None
+) -> None:
+    """Refuse to fit, or to test, evaluations that were made in different ways.
+
+    Args:
+        flag: The flag that named the other evaluations.
+        evaluations: The fit coalitions; the first is what the others are compared with.
+        other: What must agree with them.
+        keys: Settings that must agree; None: all but the list of behaviors, of which only this one counts.
+    """
+    definition = dict(other.definition or {})
+    if evaluations.definition and definition and definition != evaluations.definition:
+        raise MixedResultsError(
+            f"{flag}: {other.behavior_name} was measured by another definition: {definition}; the fit coalitions by "
+            f"{evaluations.definition}. Measure both in the same way"
+        )
+    first = evaluations.settings[0]
+    for settings in other.settings:
+        names = (first.keys() & settings.keys()) - {"behaviors"} if keys is None else keys
+        wrong = [name for name in sorted(names) if first.get(name) != settings.get(name)]
+        if wrong:
+            raise MixedResultsError(
+                f"{flag}: evaluations were made with different settings: "
+                + "; ".join(f"{name}: {first.get(name)} and {settings.get(name)}" for name in wrong)
+                + ". Give each set of settings its own --exp_name"
+            )
+
+
+def read_end_points(arguments: LdsArguments, kernel: str, behavior_name: str, evaluations: FitEvaluations) -> EndPoints:
+    """Every measurement of v(empty) and v(grand), as far as the kernel needs them."""
+    values: dict[str, Behaviors] = {"empty": np.empty(0), "grand": np.empty(0)}
+    for flag, name, db, exp_name, removal_dist in (
+        ("--null_db", "empty", arguments.null_db, arguments.null_exp_name, "empty"),
+        ("--full_db", "grand", arguments.full_db, arguments.full_exp_name, None),
     ):
+        if name not in _END_POINTS_OF[kernel]:
+            continue
         exp_name = exp_name or arguments.train_exp_name
         table, store = _read(
             db or arguments.train_db,
@@ -207,11 +253,12 @@ def read_end_points(arguments: LdsArguments, behavior_name: str) -> EndPoints:
             removal_dist=removal_dist,
         )
         store.close()
-        values.append(table.behaviors)
-    return EndPoints(empty=values[0], grand=values[1])
+        check_same_settings(flag, evaluations, table, keys=None)
+        values[name] = table.behaviors
+    return EndPoints(**values)
 
 
-def read_test(arguments: LdsArguments, behavior_name: str) -> tuple[Any, Any]:
+def read_test(arguments: LdsArguments, behavior_name: str, evaluations: FitEvaluations) -> tuple[Any, Any]:
     """Retrained test coalitions: masks, and behaviors by training seed; None without an experiment."""
     if arguments.test_exp_name is None:
         return None, None
@@ -228,6 +275,7 @@ def read_test(arguments: LdsArguments, behavior_name: str) -> tuple[Any, Any]:
         datamodel_alpha=arguments.datamodel_alpha,
     )
     store.close()
+    check_same_settings("--test_db", evaluations, table, keys=("data",))
     masks, behaviors = split_by_seed(table.masks, table.behaviors, table.opt_seeds)
     return masks[: arguments.num_test_subset], behaviors[:, : arguments.num_test_subset]
 
@@ -295,7 +343,7 @@ def _print_attributions(behavior_name: str, evaluations: FitEvaluations, attribu
             evaluations.contributors[i].contributor_name,
             f"{evaluations.contributors[i].n_examples:,}",
             f"{attributions.values[i]:+.4f}",
-            f"{intervals[i, 0]:+.4f} to {intervals[i, 1]:+.4f}",
+            interval_text(*intervals[i]),
         ]
         for i in order
     ]

@@ -27,9 +27,9 @@ class PruneArguments(DataArguments):
     )
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str], prog: str) -> None:
     """Parse the flags, prune, print what was removed."""
-    arguments = parse(PruneArguments, argv, prog="prune.py", description="Prune a trained model.")
+    arguments = parse(PruneArguments, argv, prog=prog, description="Prune a trained model.")
     prune = prune_settings(arguments)
     full = load_checkpoint(arguments.load)
     source = arguments.source(full.meta.get("source"))

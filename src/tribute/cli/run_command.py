@@ -11,7 +11,7 @@ import tyro
 from pydantic import Field
 
 from tribute.cli.arguments import Arguments, parse, print_settings
-from tribute.cli.console import StudyReport, print_line, print_table
+from tribute.cli.console import StudyReport, interval_text, print_line, print_table
 from tribute.config import StudyConfig
 from tribute.study.outputs import credit_order, direction, shares, write_outputs
 from tribute.study.run import BehaviorResult, StudyResult, run_study
@@ -26,9 +26,9 @@ class RunArguments(Arguments):
     dry_run: bool = Field(default=False, description="Print the resolved settings and stop.")
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str], prog: str) -> None:
     """Parse the flags, run the study, print tables, write files."""
-    arguments = parse(RunArguments, argv, prog="tribute run", description="Run a whole study.")
+    arguments = parse(RunArguments, argv, prog=prog, description="Run a whole study.")
     config = StudyConfig.from_yaml(arguments.study)
     changes = {name: getattr(arguments, name) for name in ("outdir", "n_threads")}
     config = config.replace(**{name: value for name, value in changes.items() if value is not None})
@@ -52,7 +52,7 @@ def print_behavior(item: BehaviorResult, result: StudyResult) -> None:
             result.contributor_names[i],
             f"{result.n_examples[i]:,}",
             f"{fitted.values[i]:+.4f}",
-            f"{intervals[i, 0]:+.4f} to {intervals[i, 1]:+.4f}",
+            interval_text(*intervals[i]),
             "-" if math.isnan(share[i]) else f"{share[i]:.1%}",
         ]
         for i in credit_order(item)

@@ -48,9 +48,9 @@ class TrainArguments(DataArguments, RemovalArguments, PublishedTrainingArguments
     report_to: str | None = Field(default=None, description="Tracker of Accelerate: tensorboard, wandb, ...")
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str], prog: str) -> None:
     """Parse the flags, train, print where the model is."""
-    arguments = parse(TrainArguments, argv, prog="main.py", description="Train, retrain or fine-tune a model.")
+    arguments = parse(TrainArguments, argv, prog=prog, description="Train, retrain or fine-tune a model.")
     if arguments.method not in TRAIN_METHODS:
         raise ConfigError(f"--method: expected one of {', '.join(TRAIN_METHODS)}; found {arguments.method!r}")
     if arguments.method != "prune_fine_tune":

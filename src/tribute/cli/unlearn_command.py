@@ -60,11 +60,9 @@ class UnlearnArguments(DataArguments, RemovalArguments, PublishedTrainingArgumen
     n_noises: int = Field(default=50, gt=0, description="For --model_behavior local.")
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str], prog: str) -> None:
     """Parse the flags, measure the coalition, record and print the behaviors."""
-    arguments = parse(
-        UnlearnArguments, argv, prog="unlearn.py", description="Measure the behaviors of a coalition's model."
-    )
+    arguments = parse(UnlearnArguments, argv, prog=prog, description="Measure the behaviors of a coalition's model.")
     check_method(arguments.method)
     arguments.refuse_what_is_missing()
     behaviors = behavior_list(arguments.model_behavior)

@@ -152,6 +152,10 @@ class Trainer:
 
         if mixed_precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
             raise ConfigError("mixed_precision: fp16 needs a GPU, found none or --device cpu; use bf16 or no")
+        if device is not None and ":" in device:
+            raise ConfigError(
+                f"device: expected cpu or cuda, found {device!r}; choose one of several GPUs by CUDA_VISIBLE_DEVICES"
+            )
         self.images = images
         self.noise_schedule_config = noise_schedule
         self.noise_schedule = build_noise_schedule(noise_schedule)

@@ -215,7 +215,7 @@ def _published_line(stored: StoredEvaluation, study: Study, owners: ExampleOwner
         "datamodel_alpha": spec.datamodel_alpha,
         "removal_seed": spec.removal_seed,
         "opt_seed": spec.opt_seed,
-        "gd_steps": spec.settings.get("gd_steps"),
+        "gd_steps": spec.settings.get("gd_steps", _steps_of(spec)),
         **{key: seconds.pop(stage, None) for stage, key in _SECONDS_KEYS.items()},
         **{key: stored.behaviors.get(name) for name, key in PUBLISHED_BEHAVIOR_KEYS.items()},
         "remaining_idx": np.flatnonzero(present).tolist(),
@@ -236,6 +236,12 @@ def _published_line(stored: StoredEvaluation, study: Study, owners: ExampleOwner
         },
         **{key: value for key, value in foreign.items() if key not in _KNOWN_KEYS},
     }
+
+
+def _steps_of(spec: EvaluationSpec) -> int | None:
+    """Updates of the fine-tuning that Tribute's own settings name, for the method `gd` only."""
+    train = spec.settings.get("train")
+    return train.get("n_steps") if spec.method == "gd" and isinstance(train, Mapping) else None
 
 
 @dataclass

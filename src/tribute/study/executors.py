@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from tribute.errors import TributeError
+from tribute.errors import StoreError, TributeError
 from tribute.store.records import ClaimedEvaluation, Store
 from tribute.study.value_function import Evaluation
 
@@ -67,6 +67,11 @@ class SerialExecutor:
                     provenance={**self.provenance, "n_steps": evaluation.n_steps},
                     definitions=self.definitions,
                 )
+            except StoreError:  # the store is gone, or another process has the evaluation now
+                if store.heartbeat(claimed):
+                    raise
+                logger.warning("Evaluation %s was measured by another process, too; going on", claimed.spec)
+                continue
             except TributeError as error:
                 store.fail(claimed, str(error))
                 logger.warning("Evaluation %s failed: %s", claimed.spec, error)

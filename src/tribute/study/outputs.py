@@ -15,7 +15,6 @@ import numpy.typing as npt
 from tribute.errors import StoreError
 from tribute.files import write_whole
 from tribute.games.lds import LDSCeiling, LDSResult
-from tribute.study.provenance import provenance
 from tribute.study.run import BehaviorResult, StudyResult
 from tribute.types import Attributions, Images
 
@@ -34,7 +33,7 @@ def direction(result: BehaviorResult) -> int:
 
 
 def shares(attributions: Attributions) -> npt.NDArray[np.float64]:
-    """Attributions as fractions of v(grand) - v(empty); NaN where that difference is 0."""
+    """Attributions as fractions of their sum, for Shapley values v(grand) - v(empty); NaN where the sum is 0."""
     total = attributions.values.sum()
     if math.isclose(total, 0.0, abs_tol=1e-12):
         return np.full(attributions.n_contributors, np.nan)
@@ -115,7 +114,7 @@ def summary(result: StudyResult) -> dict[str, Any]:
             "classifier_held_out_accuracy": result.classifier_accuracy,
             "models": result.models,
             "median_seconds_per_coalition": result.timings,
-            "provenance": provenance("cpu"),
+            "provenance": result.provenance,
         }
     )
 

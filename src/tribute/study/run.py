@@ -108,8 +108,9 @@ class StudyResult:
         n_examples: `(n_contributors,)`.
         behaviors: One result per behavior.
         timings: Median seconds per coalition, by method: `gd`, `retrain`.
-        models: Parameters and multiply-accumulates of full and sparse model.
+        models: Steps of the full and the sparse model; what pruning removed.
         classifier_accuracy: Held-out accuracy of the feature extractor, or None.
+        provenance: Versions, commit, device of this process.
     """
 
     config: StudyConfig
@@ -119,6 +120,7 @@ class StudyResult:
     timings: dict[str, dict[str, float]]
     models: dict[str, Any]
     classifier_accuracy: float | None
+    provenance: dict[str, Any]
 
 
 def run_study(config: StudyConfig, listener: Listener) -> StudyResult:
@@ -127,10 +129,10 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult:
     Raises:
         MixedResultsError: The run folder or the store holds a study with other settings.
     """
-    claim_run_dir(config)
     preset = config.load_preset()
     listener.stage("Data")
     worker = Worker(config.data, preset, behaviors=config.behaviors, n_threads=config.n_threads)
+    claim_run_dir(config)  # only now: what is wrong in the settings must not be kept as the study's
     data, table = worker.data, worker.data.contributors
     listener.message(f"{data.n_examples:,} images of {table.n_contributors} contributors")
     if worker.uses_features:
@@ -177,6 +179,7 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult:
         timings=timings,
         models=models,
         classifier_accuracy=worker.extractor.held_out_accuracy if worker.uses_features else None,
+        provenance=provenance(str(worker.trainer.device)),
     )
 
 
@@ -489,10 +492,14 @@ def summarise_behavior(
                 contributor_names=contributor_names,
                 **({} if estimator is None else {"estimator": estimator}),
             )
-            if test_masks is not None and test_behaviors is not None and len(test_masks) >= 3:
-                validations[name] = validate(attributions[name], test_masks, test_behaviors)
         except FitError as error:
             unfitted[name] = str(error)
+            continue
+        if test_masks is not None and test_behaviors is not None and len(test_masks) >= 3:
+            try:
+                validations[name] = validate(attributions[name], test_masks, test_behaviors)
+            except FitError as error:  # e.g. a leave-one-out coalition is a test coalition, too
+                unfitted[f"LDS of {name}"] = str(error)
     if "shapley" not in attributions:
         raise FitError(f"{behavior_name}: {unfitted['shapley']}")
     return BehaviorResult(

@@ -221,7 +221,7 @@ def check_same_data(checkpoint: Checkpoint, worker: Worker) -> None:
 
 @dataclass(frozen=True)
 class EndPoints:
-    """v(empty) and v(grand), each measured one or more times.
+    """v(empty) and v(grand), each measured one or more times, or not at all where a kernel does not need it.
 
     Attributes:
         empty: `(k,)` behaviors of the untrained network.
@@ -232,13 +232,13 @@ class EndPoints:
     grand: Behaviors
 
     def options(self) -> dict[str, float]:
-        """Means and the variances of the means, as the attribution kernels take them."""
-        return {
-            "v_empty": float(self.empty.mean()),
-            "v_grand": float(self.grand.mean()),
-            "v_empty_variance": _variance_of_mean(self.empty),
-            "v_grand_variance": _variance_of_mean(self.grand),
-        }
+        """Means and the variances of the means, as the attribution kernels take them; what is not there is left out."""
+        options = {}
+        for name, values in (("v_empty", self.empty), ("v_grand", self.grand)):
+            if len(values):
+                options[name] = float(values.mean())
+                options[f"{name}_variance"] = _variance_of_mean(values)
+        return options
 
 
 def _variance_of_mean(values: Behaviors) -> float:
