@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from tribute.config import NoiseScheduleConfig, OptimizerConfig, TrainConfig, UNetConfig
-from tribute.diffusion.train import CheckpointPolicy, Trainer
+from tribute.diffusion import train as train_module
+from tribute.diffusion.train import CheckpointPolicy, Progress, Trainer
 from tribute.errors import ConfigError
 from tribute.models.build import build_unet
 from tribute.models.checkpoint import load_checkpoint
@@ -39,7 +41,11 @@ def train_in_parallel(
         "ACCELERATE_USE_CPU": "true",
     }
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=N_PROCESSES
+        "gloo",
+        init_method=f"file://{folder / 'rendezvous'}",
+        rank=rank,
+        world_size=N_PROCESSES,
+        timeout=timedelta(seconds=60),  # for the survivor, should the other fail
     )
     trainer = Trainer(images, noise_schedule, device="cpu")
     with pytest.raises(ConfigError, match="batch_size: expected a multiple of the 2 processes, found 5"):
@@ -47,7 +53,10 @@ def train_in_parallel(
     model = build_unet(unet)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     policy = CheckpointPolicy(folder / "models", {"unet": unet.model_dump(mode="json")}, ckpt_freq=2)
-    reports = []
+    reports: list[Progress] = []
+    saved: list[int] = []
+    save = train_module._save
+    train_module._save = lambda *args: (saved.append(args[4]), save(*args))
     trainer.train(model, rows, config, checkpoints=policy, on_log=reports.append, log_freq=1)
     first = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(start)
@@ -56,6 +65,7 @@ def train_in_parallel(
     return {
         "n_processes": trainer.accelerator.num_processes,
         "n_reports": len(reports),
+        "saved": saved,
         "first": {name: value.numpy() for name, value in first.items()},
         "again": {name: value.numpy() for name, value in again.ema.items()},
         "longer": {name: value.detach().numpy() for name, value in longer.ema.items()},
@@ -97,6 +107,7 @@ def test_two_processes_train_the_model_of_one(
             np.testing.assert_allclose(result["longer"][name], longer[name].numpy(), atol=1e-5)
             np.testing.assert_array_equal(results[0]["first"][name], result["first"][name])
     assert [result["n_reports"] for result in results] == [3, 0]
+    assert [result["saved"] for result in results] == [[2, 3, 4], []]  # by the main process only
     found = load_checkpoint(tmp_path / "models")
     assert found.n_steps == 4
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["ckpt_steps_00000004"]

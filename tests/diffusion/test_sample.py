@@ -146,21 +146,18 @@ def test_a_single_image_is_found_exactly(sampler: str, prediction_type: str, bet
         np.testing.assert_array_equal(images, round((1 - 0.2) * 127.5))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_both_samplers_solve_the_probability_flow(sampler: str) -> None:
+@pytest.mark.parametrize(("sampler", "n_steps", "accuracy"), [("ddim", 500, 0.5), ("dpm-solver++", 50, 1.5)])
+def test_both_samplers_solve_the_probability_flow(sampler: str, n_steps: int, accuracy: float) -> None:
     """For normal data the flow maps noise linearly: (x_0 - mean) / deviation is x_T, standardised.
 
-    Song et al. (2021), eq. 13, integrated in closed form.
+    Song et al. (2021), eq. 13, integrated in closed form. A solver of first order is off by 2.7 levels in 50 steps.
     """
     schedule = NoiseScheduleConfig(clip_sample=False)
     model = KnownDenoiser(schedule, mean=0.1, deviation=0.2)
-    config = settings(sampler, num_inference_steps=500, n_samples=50)
+    config = settings(sampler, num_inference_steps=n_steps, n_samples=50)
     images = sample_images(cast(UNet2DModel, model), config, schedule)
-    noise = initial_noise(0, range(50), (1, 4, 4))
-    expected = to_uint8(0.1 + 0.2 * noise)
-    errors = images.astype(float) - expected
-    assert np.abs(errors).max() <= 3
-    assert abs(errors.mean()) < 1
+    expected = to_uint8(0.1 + 0.2 * initial_noise(0, range(50), (1, 4, 4)))
+    assert np.abs(images.astype(float) - expected).mean() < accuracy
 
 
 def ddim_twin(model: UNet2DModel, schedule: NoiseScheduleConfig, n_steps: int, images: torch.Tensor) -> torch.Tensor:

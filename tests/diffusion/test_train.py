@@ -136,16 +136,22 @@ def naive_training(
     return average
 
 
-@pytest.mark.parametrize("n_accumulated", [1, 2])
+@pytest.mark.parametrize(("n_accumulated", "max_grad_norm"), [(1, 0.05), (2, 1e3)])  # clipped, and not
 def test_training_agrees_with_a_naive_loop(
-    trainer: Trainer, unet_config: UNetConfig, digit_images: Images, rows: Rows, noise_schedule: Any, n_accumulated: int
+    trainer: Trainer,
+    unet_config: UNetConfig,
+    digit_images: Images,
+    rows: Rows,
+    noise_schedule: Any,
+    n_accumulated: int,
+    max_grad_norm: float,
 ) -> None:
     config = TrainConfig(
         n_steps=4,
         batch_size=4,
         gradient_accumulation_steps=n_accumulated,
         optimizer=OptimizerConfig(lr=1e-3, eps=1e-4),  # large enough that rounding does not decide the sign of a step
-        max_grad_norm=0.05,
+        max_grad_norm=max_grad_norm,
         ema_max_decay=0.5,
         opt_seed=7,
     )
@@ -370,6 +376,8 @@ def test_fp16_needs_a_gpu(digit_images: Images, noise_schedule: Any) -> None:
 def test_a_device_that_is_not_there(digit_images: Images, noise_schedule: Any) -> None:
     with pytest.raises(ConfigError, match="device: asked for 'npu'"):
         Trainer(digit_images, noise_schedule, device="npu")
+    with pytest.raises(ConfigError, match="found 'cuda:1'"):
+        Trainer(digit_images, noise_schedule, device="cuda:1")
 
 
 @pytest.mark.usefixtures("fresh_accelerator")

@@ -115,7 +115,8 @@ def save_checkpoint(
             (partial / "pruning.json").write_text(json.dumps(pruning))
         files = {path.name: sha256_of_file(path) for path in sorted(partial.iterdir())}
         config = {**meta, "format_version": FORMAT_VERSION, "n_steps": n_steps, "files": files}
-        (partial / "config.json").write_text(json.dumps({**config, "sha256": fingerprint(config)}, indent=1))
+        as_read_back = json.loads(json.dumps(config))
+        (partial / "config.json").write_text(json.dumps({**config, "sha256": fingerprint(as_read_back)}, indent=1))
 
     try:
         write_whole_dir(target, write)
