@@ -60,7 +60,8 @@ def sample_images(
     """Generate images from a model.
 
     Image i depends on the model, the sampler and the stream `(noise_seed, i)` only, so every
-    model sees the same noise and the batch size does not matter (on a GPU: up to rounding).
+    model sees the same noise and the batch size does not matter: not at all on one CPU thread; with
+    several, or on a GPU, float32 rounding may move a pixel by one grey level here and there.
 
     Args:
         model: In evaluation mode while sampling; its mode is restored.

@@ -131,7 +131,13 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult:
     """
     preset = config.load_preset()
     listener.stage("Data")
-    worker = Worker(config.data, preset, behaviors=config.behaviors, n_threads=config.n_threads)
+    worker = Worker(
+        config.data,
+        preset,
+        behaviors=config.behaviors,
+        mixed_precision=preset.train_config("retrain").mixed_precision,
+        n_threads=config.n_threads,
+    )
     claim_run_dir(config)  # only now: what is wrong in the settings must not be kept as the study's
     data, table = worker.data, worker.data.contributors
     listener.message(f"{data.n_examples:,} images of {table.n_contributors} contributors")
