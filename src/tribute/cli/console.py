@@ -29,12 +29,15 @@ def setup_logging() -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, note: str = "") -> None:
     """A table whose first column is text and whose others are numbers; cells are plain text, never markup."""
-    table = Table(title=escape(title), title_justify="left", caption=escape(note) or None, caption_justify="left")
+    table = Table()
     for i, name in enumerate(columns):
         table.add_column(escape(name), justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="ellipsis")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
+    print_line(title)  # not the table's own title, which wraps at the width of a narrow table
     console.print(table)
+    if note:
+        print_line(note)
 
 
 def print_line(text: str) -> None:
