@@ -208,7 +208,7 @@ class FitCoalitionsConfig(Config):
     datamodel_alpha: float = Field(default=0.5, gt=0, lt=1)
     first_removal_seed: int = Field(default=0, ge=0)
     paired: bool = Field(
-        default=True, description="shapley: measure the complement of every draw, too, which halves the error."
+        default=True, description="shapley: measure the complement of every draw, too: what both share drops out."
     )
     leave_one_out: bool = Field(default=False, description="Also measure the leave-one-out coalitions.")
     n_end_points: int = Field(default=2, gt=0, description="Measurements of v(empty) and of v(grand).")
