@@ -38,6 +38,13 @@ class Attributions:
         intercept: Predicted behavior of the empty coalition.
         fit_keys: Keys of the fit coalitions (`games.coalitions.coalition_key`), so that a
             test on the same coalitions can be refused.
+        design: How the fit coalitions were chosen (`games.designs`), None when not known.
+        noise_sd: Effective noise of one evaluation about the fitted model, measurement noise and misfit
+            together, in the unit of the behavior; NaN when it cannot be told.
+        loo_r2: Leave-one-out R2: the share of the variance of the fitted response that the fit predicts when
+            that coalition is left out (with its complement, where pairs were fitted); negative is worse than
+            their mean, NaN when it does not exist.
+        explanation: Why `auto` chose this estimator, in a sentence; empty when the user chose.
     """
 
     values: npt.NDArray[np.float64]
@@ -49,6 +56,10 @@ class Attributions:
     rank: int
     intercept: float
     fit_keys: frozenset[str] = field(default_factory=frozenset, repr=False)
+    design: str | None = None
+    noise_sd: float = float("nan")
+    loo_r2: float = float("nan")
+    explanation: str = ""
 
     @property
     def n_contributors(self) -> int:
