@@ -207,11 +207,16 @@ class FitCoalitionsConfig(Config):
     removal_dist: Literal["shapley", "datamodel", "uniform"] = "shapley"
     datamodel_alpha: float = Field(default=0.5, gt=0, lt=1)
     first_removal_seed: int = Field(default=0, ge=0)
-    paired: bool = Field(
-        default=True, description="shapley: measure the complement of every draw, too: what both share drops out."
+    design: Literal["orthogonal", "paired", "stratified", "kernel", "permutation"] = Field(
+        default="orthogonal", description="shapley: which coalitions, and in what order (`games.designs`)."
     )
     leave_one_out: bool = Field(default=False, description="Also measure the leave-one-out coalitions.")
     n_end_points: int = Field(default=2, gt=0, description="Measurements of v(empty) and of v(grand).")
+
+    @property
+    def drawn_from(self) -> str:
+        """The removal distribution that evaluations record: a design's own name, `shapley` for `kernel`."""
+        return self.design if self.removal_dist == "shapley" and self.design != "kernel" else self.removal_dist
 
 
 class TestCoalitionsConfig(Config):
@@ -246,7 +251,9 @@ class StudyConfig(Config):
     behaviors: tuple[str, ...] = ("fid", "inception_score")
     fit: FitCoalitionsConfig = FitCoalitionsConfig()
     test: TestCoalitionsConfig = TestCoalitionsConfig()
-    estimator: Literal["least_squares", "size_adjusted"] = "size_adjusted"
+    estimator: Literal["auto", "gp", "size_adjusted", "ridge", "least_squares", "unbiased", "permutation"] = Field(
+        default="auto", description="Of Shapley values (`games.shapley.SHAPLEY_ESTIMATORS`)."
+    )
     n_threads: int | None = Field(default=None, gt=0, description="Threads of the worker; None: PyTorch's choice.")
     ckpt_freq: int | None = Field(default=None, gt=0)
 

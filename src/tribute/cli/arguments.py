@@ -19,6 +19,7 @@ from tribute.games.removal import canonical_removal_dist
 RemovalDist = Literal[
     "shapley", "datashapley", "shapley_complement", "datamodel", "uniform", "loo", "add_one_in", "empty"
 ]
+Design = Literal["orthogonal", "paired", "stratified", "kernel", "permutation"]
 Pruner = Literal["magnitude", "taylor", "random", "reinit", "diff-pruning"]
 
 
@@ -85,11 +86,29 @@ class RemovalArguments(Arguments):
     datamodel_alpha: float = Field(
         default=0.5, description="Fraction of contributors kept by --removal_dist datamodel."
     )
-    removal_seed: int = Field(default=0, description="Which coalition of the law: the same seed, the same coalition.")
+    removal_seed: int = Field(
+        default=0, description="Which coalition of the law, or row of the design: the same seed, the same coalition."
+    )
+    design: Design | None = Field(
+        default=None,
+        description="Design that the coalition belongs to, for --removal_dist shapley. None: kernel, as published.",
+    )
 
     def canonical_removal_dist(self) -> str | None:
-        """The name of the law; its aliases mean the same."""
-        return canonical_removal_dist(self.removal_dist)
+        """The one name of the law, or of the design; `kernel` is the law itself.
+
+        Raises:
+            ConfigError: A design is asked for with a law that has none.
+        """
+        removal_dist = canonical_removal_dist(self.removal_dist)
+        if self.design is None:
+            return removal_dist
+        if removal_dist not in (None, "shapley"):
+            raise ConfigError(
+                f"--design: expected --removal_dist shapley, which a design is for; found {removal_dist!r}. "
+                "Leave --design out, or use --removal_dist shapley"
+            )
+        return "shapley" if self.design == "kernel" else self.design
 
     def removal(self) -> dict[str, Any]:
         """How the coalition is drawn, for records: what does not apply is None."""

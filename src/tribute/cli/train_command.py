@@ -19,7 +19,7 @@ from tribute.cli.arguments import (
 from tribute.cli.console import TrainingReport, print_line
 from tribute.config import Preset, PruneConfig
 from tribute.errors import CheckpointError, ConfigError
-from tribute.games.removal import draw_coalition
+from tribute.games.designs import coalition_of
 from tribute.models.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from tribute.study.layout import dataset_name, models_dir, pruning_name, removal_name
 from tribute.unlearning.base import METHODS, PLANNED_METHODS, check_method
@@ -106,7 +106,7 @@ def run(argv: Sequence[str], prog: str) -> None:
     )
     if arguments.report_to:
         worker.trainer.accelerator.init_trackers("tribute")
-    mask = draw_coalition(
+    mask = coalition_of(
         arguments.canonical_removal_dist(),
         worker.data.contributors.n_contributors,
         arguments.removal_seed,

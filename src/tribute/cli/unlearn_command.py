@@ -21,7 +21,7 @@ from tribute.cli.console import print_line, print_table
 from tribute.cli.train_command import training_preset
 from tribute.config import SampleConfig
 from tribute.errors import ConfigError, MixedResultsError, NotImplementedYet, StoreError
-from tribute.games.removal import draw_coalition
+from tribute.games.designs import coalition_of
 from tribute.models.checkpoint import Checkpoint, load_checkpoint
 from tribute.study.layout import dataset_name, models_dir, removal_name
 from tribute.unlearning.base import check_method
@@ -82,6 +82,7 @@ def run(argv: Sequence[str], prog: str) -> None:
             mixed_precision=arguments.mixed_precision,
             opt_seed=arguments.opt_seed,
         )
+    removal = arguments.removal()
     if arguments.dry_run:
         print_settings(
             {
@@ -91,7 +92,7 @@ def run(argv: Sequence[str], prog: str) -> None:
                 "train": train,
                 "sampling": sampling,
                 "behaviors": behaviors,
-                "removal": arguments.removal(),
+                "removal": removal,
                 "db": arguments.db,
                 "exp_name": arguments.exp_name,
             }
@@ -116,8 +117,7 @@ def run(argv: Sequence[str], prog: str) -> None:
         )
         check_same_data(checkpoint, worker)
         contributors = worker.data.contributors
-        removal = arguments.removal()
-        mask = draw_coalition(
+        mask = coalition_of(
             removal["removal_dist"],
             contributors.n_contributors,
             arguments.removal_seed,

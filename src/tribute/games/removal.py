@@ -109,12 +109,12 @@ def draw_coalition(
     if dist == "datamodel":
         size = _datamodel_size(datamodel_alpha, n_contributors)
         stream = numpy_stream(removal_seed, "removal", dist, n_contributors, float(datamodel_alpha))
-        return _members(stream, size, n_contributors)
+        return draw_members(stream, size, n_contributors)
     stream = numpy_stream(removal_seed, "removal", dist, n_contributors)
     if dist == "shapley":
         cumulative = np.cumsum(shapley_size_law(n_contributors))
         size = 1 + int(np.searchsorted(cumulative / cumulative[-1], stream.random(), side="right"))
-        return _members(stream, size, n_contributors)
+        return draw_members(stream, size, n_contributors)
     mask = stream.random(n_contributors) < 0.5
     while mask.all() or not mask.any():
         mask = stream.random(n_contributors) < 0.5
@@ -149,8 +149,8 @@ def _datamodel_size(datamodel_alpha: float, n_contributors: int) -> int:
     return size
 
 
-def _members(stream: np.random.Generator, size: int, n_contributors: int) -> CoalitionMask:
-    """A uniformly drawn coalition of the given size."""
+def draw_members(stream: np.random.Generator, size: int, n_contributors: int) -> CoalitionMask:
+    """Draw a coalition of the given size uniformly from a random stream."""
     mask = empty_coalition(n_contributors)
     mask[np.argsort(stream.random(n_contributors), kind="stable")[:size]] = True
     return mask
