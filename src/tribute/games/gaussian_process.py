@@ -27,7 +27,7 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import lapack, solve_triangular
+from scipy.linalg import get_lapack_funcs, solve_triangular
 from scipy.optimize import minimize
 from scipy.special import comb, gammaln, ndtri
 from scipy.stats import qmc
@@ -37,6 +37,8 @@ from tribute.games.regression import ContrastEstimate, size_profile
 from tribute.types import Behaviors, CoalitionMasks
 
 Array = npt.NDArray[np.float64]
+
+_potrf, _potrs, _potri, _trtri = get_lapack_funcs(("potrf", "potrs", "potri", "trtri"), dtype=np.float64)
 
 MAX_ROWS = 4000
 """Most rows that are fitted: coalitions, or pairs of them. A covariance matrix of them takes 128 MB."""
@@ -407,14 +409,14 @@ def _log_posterior(problem: _Problem, theta: Array, *, with_gradient: bool) -> t
     centre, spread = np.array([PRIORS[name] for name in names]).T
     apart = (theta - centre) / spread
     covariance = _Covariance(problem, theta)
-    factor, failed = lapack.dpotrf(covariance.matrix, lower=True, clean=True)
+    factor, failed = _potrf(covariance.matrix, lower=True, clean=True)
     if failed:
         return -np.inf, np.zeros(len(theta))
-    weights = lapack.dpotrs(factor, problem.response, lower=True)[0]
+    weights = _potrs(factor, problem.response, lower=True)[0]
     density = -0.5 * problem.response @ weights - np.log(np.diag(factor)).sum() - 0.5 * apart @ apart
     if not with_gradient:
         return float(density), np.zeros(len(theta))
-    inverse = lapack.dpotri(factor, lower=True)[0]
+    inverse = _potri(factor, lower=True)[0]
     inverse = np.tril(inverse) + np.tril(inverse, -1).T
     outer = np.outer(weights, weights) - inverse
     return float(density), covariance.gradient(outer) - apart / spread
@@ -474,7 +476,7 @@ def _posterior(problem: _Problem, theta: Array) -> _Posterior:
     """Posterior mean and covariance of the contrasts: a linear functional of the process."""
     covariance, factor = _factorised(problem, theta)
     cross, before = _functional(problem, covariance.value)
-    weights = lapack.dpotrs(factor, problem.response, lower=True)[0]
+    weights = _potrs(factor, problem.response, lower=True)[0]
     reduced = solve_triangular(factor, cross, lower=True, check_finite=False)
     return _Posterior(
         contrasts=cross.T @ weights,
@@ -486,14 +488,14 @@ def _posterior(problem: _Problem, theta: Array) -> _Posterior:
 def _leave_one_out(problem: _Problem, theta: Array) -> Array:
     """Residuals `(n_rows,)` of predictions from all other rows (Rasmussen and Williams 2006, section 5.4.2)."""
     _, factor = _factorised(problem, theta)
-    weights = lapack.dpotrs(factor, problem.response, lower=True)[0]
-    return weights / (lapack.dtrtri(factor, lower=True)[0] ** 2).sum(axis=0)
+    weights = _potrs(factor, problem.response, lower=True)[0]
+    return weights / (_trtri(factor, lower=True)[0] ** 2).sum(axis=0)
 
 
 def _factorised(problem: _Problem, theta: Array) -> tuple[_Covariance, Array]:
     """The covariance of the rows and its Cholesky factor."""
     covariance = _Covariance(problem, theta)
-    factor, failed = lapack.dpotrf(covariance.matrix, lower=True, clean=True)
+    factor, failed = _potrf(covariance.matrix, lower=True, clean=True)
     if failed:
         raise FitError(
             "Expected coalitions whose covariance is positive definite, found one that is not to rounding. "

@@ -35,7 +35,7 @@ def looks(n_contributors: int, n_most: int) -> Iterator[int]:
 
 
 def share_half_width(attributions: Attributions, level: float = 0.95) -> float:
-    """Half the width of the widest interval, as a share of |v(grand) - v(empty)|; infinite where that is 0 or unknown."""
+    """Half the width of the widest interval over |v(grand) - v(empty)|; infinite where one is unknown or 0."""
     total = abs(float(attributions.values.sum()))
     low, high = attributions.intervals(level).T
     widest = float(np.max(high - low)) / 2.0
