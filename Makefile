@@ -6,10 +6,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CODE := src tests $(wildcard *.py)
+CODE := src tests benchmarks $(wildcard *.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types clean
+.PHONY: help setup demo test bench lint format types clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -21,6 +21,10 @@ demo: $(INSTALLED) ## Credit twelve data vendors of a small diffusion model (min
 
 test: $(INSTALLED) ## Run the tests
 	$(BIN)/python -m pytest
+
+bench: $(INSTALLED) ## Compare the estimators on games with known credit (a quarter of an hour)
+	$(BIN)/python -m benchmarks.estimators --n 10 20 --noise 0.1 --n_seeds 3 --n_jobs 2
+	$(BIN)/python -m benchmarks.coverage --n 10 20 --n_seeds 3 --n_jobs 2
 
 lint: $(INSTALLED) ## Check style and formatting
 	$(BIN)/ruff check $(CODE)
@@ -35,7 +39,7 @@ types: $(INSTALLED) ## Check types
 
 clean: ## Remove the virtual environment and all caches; runs and results stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist
-	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: pinned, it is the same build whatever the other packages ask for.
 $(INSTALLED): pyproject.toml constraints.txt

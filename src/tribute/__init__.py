@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tribute.config import DataConfig, Preset, StudyConfig, load_preset
     from tribute.data.sources import load_training_data
     from tribute.errors import TributeError
+    from tribute.games.designs import draw_design
     from tribute.games.exact import exact_shapley
     from tribute.games.kernels import fit_add_one_in, fit_banzhaf, fit_datamodel, fit_loo
     from tribute.games.lds import lds, lds_ceiling
@@ -38,6 +39,7 @@ __all__ = [
     "Worker",
     "draw_coalition",
     "draw_coalitions",
+    "draw_design",
     "exact_shapley",
     "fit_add_one_in",
     "fit_banzhaf",
@@ -59,6 +61,7 @@ _HOMES = {
     "tribute.config": ("DataConfig", "Preset", "StudyConfig", "load_preset"),
     "tribute.data.sources": ("load_training_data",),
     "tribute.errors": ("TributeError",),
+    "tribute.games.designs": ("draw_design",),
     "tribute.games.exact": ("exact_shapley",),
     "tribute.games.kernels": ("fit_add_one_in", "fit_banzhaf", "fit_datamodel", "fit_loo"),
     "tribute.games.lds": ("lds", "lds_ceiling"),

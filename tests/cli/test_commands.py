@@ -5,12 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from tribute.cli import COMMANDS, main
+from tribute.cli.arguments import Design
+from tribute.games.designs import DESIGNS, draw_design
+from tribute.games.removal import draw_coalition
 from tribute.store.records import Store
 
 BEHAVIORS = "ink:brightness,ink:contrast:lower"
@@ -96,7 +101,7 @@ def test_the_whole_sequence_ends_in_attributions_and_lds(capsys: pytest.CaptureF
     printed = capsys.readouterr().out
     assert "LDS x 100 of ink:brightness" in printed
     assert "attribution" in printed
-    assert "size_adjusted" in printed
+    assert "auto chose gp" in printed
 
 
 def test_the_same_evaluation_is_measured_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,6 +121,32 @@ def test_the_flags_of_the_published_unlearn_command_are_accepted() -> None:
         "--lora_rank 16 --lora_dropout 0.05 --outdir kept",
     )
     assert list(Path("kept").glob("digits/gd/models/shapley/shapley_seed=0/ckpt_steps_00000002/unet.safetensors"))
+
+
+@pytest.mark.parametrize("removal_dist", ["", " --removal_dist shapley"])
+def test_a_coalition_of_a_design_is_recorded_under_its_name(removal_dist: str) -> None:
+    flags = QUICK_GD + removal_dist + " --keep_all_ckpts --outdir kept --removal_seed 5 --design "
+    for design in ("orthogonal", "kernel"):
+        tribute("unlearn", flags + design)
+        name = "shapley" if design == "kernel" else design
+        assert list(Path("kept").glob(f"digits/gd/models/{name}/{name}_seed=5/ckpt_steps_00000002"))
+    assert stored() == [("e1", "orthogonal", 5), ("e1", "shapley", 5)]
+    with Store.open("results.db", create=False) as store:
+        masks = [np.array(item.spec.coalition_mask) for item in store.find()]
+    np.testing.assert_array_equal(masks[0], draw_design("orthogonal", 10, 6)[5])
+    np.testing.assert_array_equal(masks[1], draw_coalition("shapley", 10, 5))
+
+
+def test_models_of_a_design_are_trained_on_its_coalitions(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--dataset digits --method retrain --n_steps 1 --batch_size 8 --outdir own --removal_seed 2 --design paired"
+    tribute("train", flags)
+    assert list(Path("own").glob("digits/retrain/models/paired/paired_seed=2/ckpt_steps_00000001"))
+    n_present = int(draw_design("paired", 10, 3)[2].sum())
+    assert f"trained on {n_present} of 10 contributors" in capsys.readouterr().out
+
+
+def test_designs_of_flags_are_those_of_games() -> None:
+    assert get_args(Design) == DESIGNS
 
 
 def test_dry_run_prints_the_settings_and_leaves_nothing(capsys: pytest.CaptureFixture[str], workshop: Path) -> None:
@@ -175,6 +206,19 @@ def test_export_and_import_give_the_same_store_again(capsys: pytest.CaptureFixtu
         ("unlearn", QUICK_GD.replace("--db results.db", "--db ."), ["directory"]),
         ("unlearn", QUICK_GD + " --removal_dist datamodel --datamodel_alpha 1.5", ["alpha", "1.5"]),
         ("unlearn", QUICK_GD + " --removal_dist shapley --removal_seed -1", ["seed", "-1"]),
+        ("unlearn", QUICK_GD + " --design orthogonal --removal_seed -1", ["seed", "-1"]),
+        ("unlearn", QUICK_GD + " --design stratified --removal_seed 1022", ["at most 1022 coalitions", "1023"]),
+        ("unlearn", QUICK_GD + " --design best", ["--design", "orthogonal", "best"]),
+        (
+            "unlearn",
+            QUICK_GD + " --design paired --removal_dist datamodel --dry_run",
+            ["--design", "--removal_dist shapley", "datamodel"],
+        ),
+        (
+            "train",
+            "--dataset digits --method retrain --design paired --removal_dist uniform",
+            ["--design", "--removal_dist shapley", "uniform"],
+        ),
         ("unlearn", QUICK_GD + " --contributors vendors", ["other data"]),
         (
             "unlearn",
@@ -202,7 +246,7 @@ def test_lds_says_what_is_missing_and_how_to_get_it(capsys: pytest.CaptureFixtur
     assert "removal_dist shapley" in message
     tribute("unlearn", QUICK_GD + " --removal_dist empty")
     tribute("unlearn", QUICK_GD + " --removal_dist None")
-    assert "independent coalitions" in fails("lds", lds, capsys)
+    assert "independent coalitions" in fails("lds", lds + " --estimator size_adjusted", capsys)
     assert "--test_db" in fails("lds", lds + " --test_exp_name e0", capsys)
     assert "no_by_class" in fails("lds", lds + " --no-by_class", capsys).replace("-", "_")
 

@@ -11,7 +11,10 @@ from tribute.errors import CoalitionError, ConfigError, FitError
 from tribute.games.coalitions import coalition_keys
 from tribute.games.kernels import fit_datamodel
 from tribute.games.lds import (
+    LDSTestSet,
+    compare_lds,
     disjoint_from,
+    fit_at_sizes,
     lds,
     lds_ceiling,
     lds_convergence,
@@ -81,6 +84,46 @@ def test_interval_is_the_bootstrap_over_coalitions_jointly_for_seeds():
     assert -1 <= one.interval[0] <= one.interval[1] <= 1
 
 
+def test_intervals_agree_with_a_naive_bootstrap_over_coalitions_and_seeds():
+    y = noisy(2.0)
+    test_set = LDSTestSet.prepare(TEST_MASKS, y, n_bootstrap=40, level=0.8)
+    predictions = TEST_MASKS @ WORTH
+    means, averaged, second = [], [], []
+    for rows, seeds in zip(test_set.coalition_draws, test_set.seed_draws, strict=True):
+        means.append(np.mean([spearman(predictions[rows], y[seed][rows]) for seed in seeds]))
+        averaged.append(spearman(predictions[rows], y[seeds].mean(axis=0)[rows]))
+        second.append(spearman(predictions[rows], y[1][rows]))
+    found = test_set.score(attributions())
+    np.testing.assert_allclose(found.interval, np.quantile(means, [0.1, 0.9]))
+    np.testing.assert_allclose(found.averaged_interval, np.quantile(averaged, [0.1, 0.9]))
+    np.testing.assert_allclose(found.per_seed_intervals[1], np.quantile(second, [0.1, 0.9]))
+    assert len({tuple(sorted(seeds)) for seeds in test_set.seed_draws.tolist()}) > 5
+    direct = lds(attributions(), TEST_MASKS, y, n_bootstrap=40, level=0.8)
+    np.testing.assert_array_equal(direct.interval, found.interval)
+
+
+def test_the_interval_holds_the_score_with_other_training_seeds():
+    """Every training seed shifts the worth of contributors: with few of them, the seeds matter most."""
+    stream = np.random.default_rng(5)
+    masks = draw_coalitions("datamodel", N, range(150))
+    n_seeds, n_studies = 8, 60
+
+    def behaviors(n: int) -> np.ndarray:
+        return (WORTH + stream.normal(scale=1.5, size=(n, N))) @ masks.T
+
+    truth = lds(attributions(), masks, behaviors(2000), n_bootstrap=2).mean
+    both, coalitions = 0, 0
+    for _ in range(n_studies):
+        test_set = LDSTestSet.prepare(masks, behaviors(n_seeds), n_bootstrap=150)
+        low, high = test_set.score(attributions()).interval
+        both += low <= truth <= high
+        fixed = LDSTestSet(**{**vars(test_set), "seed_draws": np.tile(np.arange(n_seeds), (150, 1))})
+        low, high = fixed.score(attributions()).interval
+        coalitions += low <= truth <= high
+    assert both / n_studies >= 0.85
+    assert coalitions / n_studies < both / n_studies - 0.1
+
+
 def test_bootstrap_interval_covers_the_correlation_of_the_law():
     """Bivariate normal with correlation rho has Spearman correlation 6/pi asin(rho/2)."""
     rho, covered = 0.6, []
@@ -90,6 +133,61 @@ def test_bootstrap_interval_covers_the_correlation_of_the_law():
         found = lds_ceiling(np.stack([x, rho * x + np.sqrt(1 - rho**2) * e]), n_bootstrap=200, level=0.9)
         covered.append(found.interval[0] <= 6 / np.pi * np.arcsin(rho / 2) <= found.interval[1])
     assert np.mean(covered) > 0.8
+
+
+def other_attributions(scale: float = 1.0) -> Attributions:
+    return attributions(WORTH + np.random.default_rng(9).normal(scale=scale, size=N))
+
+
+def test_a_comparison_is_the_difference_on_the_same_draws():
+    y, first, second = noisy(2.0), attributions(), other_attributions()
+    found = compare_lds(first, second, TEST_MASKS, y, n_bootstrap=40, level=0.8)
+    scores = [lds(item, TEST_MASKS, y).mean for item in (first, second)]
+    np.testing.assert_allclose(found.difference, scores[0] - scores[1])
+    test_set = LDSTestSet.prepare(TEST_MASKS, y, n_bootstrap=40, level=0.8)
+    naive = [
+        np.mean([spearman(TEST_MASKS[rows] @ first.values, y[seed][rows]) for seed in seeds])
+        - np.mean([spearman(TEST_MASKS[rows] @ second.values, y[seed][rows]) for seed in seeds])
+        for rows, seeds in zip(test_set.coalition_draws, test_set.seed_draws, strict=True)
+    ]
+    np.testing.assert_allclose(found.interval, np.quantile(naive, [0.1, 0.9]))
+    np.testing.assert_allclose(found.probability, np.mean(np.array(naive) > 0))
+    assert (found.n_test, found.level, found.undefined_reason) == (60, 0.8, "")
+    back = test_set.compare(second, first)
+    np.testing.assert_allclose(back.difference, -found.difference)
+    np.testing.assert_allclose(back.interval, -found.interval[::-1])
+    np.testing.assert_allclose(back.probability, 1 - found.probability)
+
+
+def test_a_comparison_of_equals_is_even():
+    same = compare_lds(attributions(), attributions(2 * WORTH + 1), TEST_MASKS, noisy(2.0))  # alpha fixes the size
+    assert (same.difference, same.probability) == (0.0, 0.5)
+    np.testing.assert_array_equal(same.interval, [0.0, 0.0])
+
+
+def test_a_comparison_is_sharper_than_two_intervals():
+    y, close = noisy(3.0), other_attributions(0.3)
+    found = compare_lds(attributions(), close, TEST_MASKS, y)
+    alone = [np.ptp(lds(item, TEST_MASKS, y).interval) for item in (attributions(), close)]
+    assert np.ptp(found.interval) < 0.5 * np.hypot(*alone)
+
+
+def test_a_comparison_that_does_not_exist_says_why():
+    equal = compare_lds(attributions(), attributions(np.zeros(N)), TEST_MASKS, noisy(1.0))
+    assert np.isnan([equal.difference, equal.probability, *equal.interval]).all()
+    assert "predictions of all 60 test coalitions are equal" in equal.undefined_reason
+    keys = frozenset(coalition_keys(TEST_MASKS[7:8]))
+    for pair in ((attributions(), attributions(fit_keys=keys)), (attributions(fit_keys=keys), attributions())):
+        with pytest.raises(FitError, match="not fitted to, found 1"):
+            compare_lds(*pair, TEST_MASKS, noisy(1.0))
+    with pytest.raises(CoalitionError, match="5 contributors"):
+        compare_lds(attributions(), attributions(WORTH[:5]), TEST_MASKS, noisy(1.0))
+
+
+def test_test_coalitions_of_several_sizes_are_scored_together():
+    masks = np.vstack([draw_coalitions("datamodel", N, range(20), datamodel_alpha=a) for a in (0.25, 0.5, 0.75)])
+    found = lds(attributions(), masks, masks @ WORTH)
+    np.testing.assert_allclose([found.mean, *found.interval], 1.0)
 
 
 def test_fit_coalitions_cannot_be_tested():
@@ -146,7 +244,7 @@ def test_convergence_reports_every_size():
     keep = disjoint_from(masks, TEST_MASKS)
     masks = masks[keep]
     y = masks @ WORTH + np.random.default_rng(2).normal(scale=0.5, size=len(masks))
-    fit = partial(fit_shapley, v_empty=0.0, v_grand=float(WORTH.sum()))
+    fit = partial(fit_shapley, estimator="size_adjusted", v_empty=0.0, v_grand=float(WORTH.sum()))
     curve = lds_convergence(masks, y, TEST_MASKS, noisy(0.5), sizes=[5, 20, 100, 1000], fit=fit, n_bootstrap=50)
     assert [entry.n_fit for entry in curve] == [5, 20, 100, 1000]
     assert curve[0].result is None
@@ -159,6 +257,20 @@ def test_convergence_reports_every_size():
     assert curve[2].result.mean > 0.9
     direct = lds(fit(masks[:100], y[:100]), TEST_MASKS, noisy(0.5), n_bootstrap=50)
     np.testing.assert_array_equal(curve[2].result.interval, direct.interval)
+
+
+def test_fits_at_sizes_are_those_of_the_first_coalitions():
+    masks = draw_coalitions("shapley", N, range(60))
+    y = masks @ WORTH
+    fits = fit_at_sizes(masks, y, sizes=[30, 60, 61], fit=fit_datamodel)
+    assert [at.n_fit for at in fits] == [30, 60, 61]
+    for at in fits[:2]:
+        assert at.attributions is not None
+        np.testing.assert_array_equal(at.attributions.values, fit_datamodel(masks[: at.n_fit], y[: at.n_fit]).values)
+    assert fits[2].attributions is None
+    assert "found 60" in fits[2].missing_reason
+    with pytest.raises(FitError, match="finite"):
+        fit_at_sizes(masks, np.where(y == y[3], np.nan, y), sizes=[10], fit=fit_datamodel)
 
 
 def test_convergence_does_not_hide_an_overlap():

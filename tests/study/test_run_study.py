@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from typing import get_args
 
 import numpy as np
 import pytest
 from conftest import SilentListener
 
-from tribute.config import StudyConfig
+from tribute.config import FitCoalitionsConfig, StudyConfig
 from tribute.errors import BehaviorError, ConfigError, FitError, MixedResultsError
-from tribute.games.coalitions import coalition_key
+from tribute.games.coalitions import coalition_key, coalition_keys
+from tribute.games.designs import DESIGNS, PAIRED_DESIGNS, draw_design
+from tribute.games.removal import draw_coalitions
 from tribute.store.records import Store
 from tribute.study.outputs import attributions_csv, credit_order, shares, summary, write_outputs
 from tribute.study.run import StudyResult, plan_evaluations, run_study
@@ -112,9 +115,11 @@ def test_a_behavior_that_is_not_a_number_fails_the_evaluation_not_the_store(make
 
 
 def test_fewer_coalitions_than_contributors_is_an_error_that_says_how_many(make_study: MakeStudy) -> None:
-    config = make_study(fit={"n_coalitions": 3, "n_end_points": 1}, test={"n_coalitions": 0})
-    with pytest.raises(FitError, match="brightness"):
-        run_study(config, SilentListener())
+    few = {"fit": {"n_coalitions": 3, "n_end_points": 1}, "test": {"n_coalitions": 0}}
+    with pytest.raises(FitError, match="brightness.*Measure at least"):
+        run_study(make_study(estimator="size_adjusted", **few), SilentListener())
+    fitted = run_study(make_study(**few), SilentListener()).behaviors[0].attributions["shapley"]
+    assert fitted.estimator == "gp"  # which shrinks to equal credit, and says so
 
 
 def test_the_outputs_hold_the_numbers_and_no_formula(make_study: MakeStudy) -> None:
@@ -169,7 +174,63 @@ def test_planned_coalitions_are_distinct_disjoint_and_extendable(make_study: Mak
     assert draws(n_coalitions=60)["fit"] == planned["fit"][:60]
 
 
-def test_more_coalitions_than_exist_is_an_error(make_study: MakeStudy) -> None:
-    config = make_study(fit={"n_coalitions": 7}, test={"n_coalitions": 0})
+def planned_fit(config: StudyConfig, n_contributors: int) -> list[tuple[str | None, int | None, str]]:
+    """Law, seed and coalition of every fit evaluation."""
+    return [
+        (spec.removal_dist, spec.removal_seed, coalition_key(np.array(spec.coalition_mask)))
+        for spec in plan_evaluations(config, n_contributors, SETTINGS)
+        if spec.role == "fit"
+    ]
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_a_design_is_measured_in_order_without_repeats_or_what_is_tested(make_study: MakeStudy, design: str) -> None:
+    config = make_study(fit={"n_coalitions": 30, "design": design}, test={"n_coalitions": 6})
+    plan = list(plan_evaluations(config, 6, SETTINGS))
+    tested = {coalition_key(np.array(spec.coalition_mask)) for spec in plan if spec.role == "test"}
+    together = 2 if design in PAIRED_DESIGNS else 1
+    expected, seen = [], set(tested)
+    keys = coalition_keys(draw_design(design, 6, 62 if together == 2 else 300))
+    for row in range(0, len(keys), together):
+        group = keys[row : row + together]
+        if not seen & set(group):
+            expected += [("shapley" if design == "kernel" else design, row + i, key) for i, key in enumerate(group)]
+            seen |= set(group)
+    assert planned_fit(config, 6) == expected[:30]
+    assert len(expected) < len(keys)  # something was passed over
+
+
+def test_a_pair_is_begun_with_its_first_row(make_study: MakeStudy) -> None:
+    def rows(first: int) -> list[tuple[str | None, int | None, str]]:
+        fit = {"n_coalitions": 4, "first_removal_seed": first}
+        return planned_fit(make_study(fit=fit, test={"n_coalitions": 0}), 8)
+
+    assert [seed for _, seed, _ in rows(6)] == [6, 7, 8, 9]
+    assert rows(7) == rows(6)
+
+
+def test_other_laws_have_no_design(make_study: MakeStudy) -> None:
+    fit = {"n_coalitions": 6, "removal_dist": "uniform", "design": "paired"}
+    plan = planned_fit(make_study(fit=fit, test={"n_coalitions": 0}), 8)
+    assert plan == [
+        ("uniform", seed, key) for seed, key in enumerate(coalition_keys(draw_coalitions("uniform", 8, range(6))))
+    ]
+
+
+def test_designs_of_settings_are_those_of_games() -> None:
+    annotation = FitCoalitionsConfig.model_fields["design"].annotation
+    assert get_args(annotation) == DESIGNS
+    assert FitCoalitionsConfig().design == DESIGNS[0]
+    with pytest.raises(ConfigError, match="paired"):
+        FitCoalitionsConfig.parse({"paired": False}, where="fit")
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_more_coalitions_than_exist_is_an_error(make_study: MakeStudy, design: str) -> None:
+    config = make_study(fit={"n_coalitions": 7, "design": design}, test={"n_coalitions": 0})
     with pytest.raises(FitError, match="expected 7 distinct coalitions of 3 contributors, found only 6 "):
+        list(plan_evaluations(config, 3, SETTINGS))
+    config = make_study(fit={"n_coalitions": 5, "design": design}, test={"n_coalitions": 2})  # of one contributor each
+    n_left = 2 if design in PAIRED_DESIGNS else 4
+    with pytest.raises(FitError, match=f"found only {n_left} that are not test coalitions; ask for fewer"):
         list(plan_evaluations(config, 3, SETTINGS))

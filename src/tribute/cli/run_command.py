@@ -11,9 +11,10 @@ import tyro
 from pydantic import Field
 
 from tribute.cli.arguments import Arguments, parse, print_settings
-from tribute.cli.console import StudyReport, interval_text, print_line, print_table
+from tribute.cli.console import StudyReport, print_line, print_table
+from tribute.cli.lds_command import print_attributions, print_comparisons
 from tribute.config import StudyConfig
-from tribute.study.outputs import credit_order, direction, shares, write_outputs
+from tribute.study.outputs import direction, shares, write_outputs
 from tribute.study.run import BehaviorResult, StudyResult, run_study
 
 
@@ -46,23 +47,16 @@ def run(argv: Sequence[str], prog: str) -> None:
 def print_behavior(item: BehaviorResult, result: StudyResult) -> None:
     """The contributors ranked by credit for one behavior, and the proof."""
     fitted = item.attributions["shapley"]
-    intervals, share = fitted.intervals(), shares(fitted)
-    rows = [
-        [
-            result.contributor_names[i],
-            f"{result.n_examples[i]:,}",
-            f"{fitted.values[i]:+.4f}",
-            interval_text(*intervals[i]),
-            "-" if math.isnan(share[i]) else f"{share[i]:.1%}",
-        ]
-        for i in credit_order(item)
-    ]
-    better = "higher" if direction(item) > 0 else "lower"
+    higher = direction(item) > 0
     low, high = float(item.end_points.empty.mean()), float(item.end_points.grand.mean())
-    print_table(
-        f"{item.name} ({better} is better): Shapley values, {fitted.estimator}, {fitted.n_coalitions} coalitions",
-        ["contributor", "examples", "attribution", "95 % interval", "share"],
-        rows,
+    print_attributions(
+        f"{item.name} ({'higher' if higher else 'lower'} is better): Shapley values, {fitted.estimator}, "
+        f"{fitted.n_coalitions} coalitions",
+        fitted,
+        result.contributor_names,
+        result.n_examples,
+        higher_is_better=higher,
+        shares=["-" if math.isnan(share) else f"{share:.1%}" for share in shares(fitted)],
         note=f"v(nobody) = {low:.3f}, v(everyone) = {high:.3f}; shares are of their difference",
     )
     if item.validations:
@@ -72,6 +66,13 @@ def print_behavior(item: BehaviorResult, result: StudyResult) -> None:
             ["attribution", "coalitions", "LDS", "95 % interval", "on the seeds' mean"],
             [lds_row(name, item) for name in item.validations],
         )
+        comparisons = {name: found.comparison for name, found in item.validations.items() if found.comparison}
+        if comparisons:
+            print_comparisons(
+                f"{item.name}: LDS x 100 less that of shapley, on the same draws",
+                {name: item.validations[name].score for name in comparisons},
+                comparisons,
+            )
         ceiling = item.validations["shapley"].ceiling if "shapley" in item.validations else None
         if ceiling is not None:
             print_line(

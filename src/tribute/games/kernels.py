@@ -6,104 +6,48 @@ of about half the contributors best. `loo` and `add_one_in` look at one contribu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
-from tribute.errors import FitError, RankDeficientFit
-from tribute.games.coalitions import (
-    check_evaluations,
-    coalition_keys,
-    complement_clusters,
-    named,
-)
-from tribute.games.shapley import (
-    Array,
-    Regression,
-    bootstrap_covariance,
-    check_fit_options,
-    check_names,
-    check_weights,
-    fit_shapley,
-    require_identified,
-    require_value,
-)
+from tribute.errors import ConfigError, FitError, RankDeficientFit
+from tribute.games.coalitions import coalition_keys, named
+from tribute.games.fitting import Evaluations, FitKeywords, FitOptions, banzhaf_weights, check_fit, require_value
+from tribute.games.monte_carlo import maximum_sample_reuse
+from tribute.games.regression import Array, Regression, bootstrap_covariance, require_identified
+from tribute.games.shapley import fit_shapley
 from tribute.seeding import numpy_stream
 from tribute.types import Attributions, Behaviors, CoalitionMasks
 
-DATAMODEL_PENALTIES: Array = np.logspace(-4, 6, 61)
-"""Ridge penalties among which `fit_datamodel` chooses, in units of coalitions."""
+BANZHAF_ESTIMATORS = ("kernel_banzhaf", "msr")
 
 
 class AttributionKernel(Protocol):
     """What every `fit_*` function accepts; each states which options do not apply to it and are ignored."""
 
-    def __call__(
-        self,
-        masks: CoalitionMasks,
-        behaviors: Behaviors,
-        *,
-        v_empty: float | None = None,
-        v_grand: float | None = None,
-        estimator: str | None = None,
-        ridge: float = 0.0,
-        interval: str = "analytic",
-        n_bootstrap: int = 200,
-        seed: int = 0,
-        v_empty_variance: float = 0.0,
-        v_grand_variance: float = 0.0,
-        weights: npt.ArrayLike | None = None,
-        behavior_variance: float | None = None,
-        contributor_names: Sequence[str] | None = None,
-    ) -> Attributions:
+    def __call__(self, masks: CoalitionMasks, behaviors: Behaviors, **options: Unpack[FitKeywords]) -> Attributions:
         """Fit attributions to measured coalitions.
 
         Args:
             masks: `(n_coalitions, n_contributors)`; True where the contributor is present.
             behaviors: `(n_coalitions,)`, raw (not negated).
-            v_empty: Behavior of the empty coalition.
-            v_grand: Behavior of the grand coalition.
-            estimator: How to compute it, where there is a choice.
-            ridge: Penalty on the sum of squares of the fitted coefficients.
-            interval: Covariance from the formula (`analytic`) or from resampled coalitions (`bootstrap`).
-            n_bootstrap: Number of bootstrap draws.
-            seed: Root seed of the bootstrap.
-            v_empty_variance: Variance of `v_empty` as measured.
-            v_grand_variance: Variance of `v_grand` as measured.
-            weights: `(n_coalitions,)`, not negative; of the squared errors.
-            behavior_variance: Variance of one evaluation's measurement noise, where known.
-            contributor_names: `(n_contributors,)`, for messages.
+            **options: As in `FitOptions`.
         """
         ...
 
 
-def fit_datamodel(
-    masks: CoalitionMasks,
-    behaviors: Behaviors,
-    *,
-    v_empty: float | None = None,
-    v_grand: float | None = None,
-    estimator: str | None = None,
-    ridge: float = 0.0,
-    interval: str = "analytic",
-    n_bootstrap: int = 200,
-    seed: int = 0,
-    v_empty_variance: float = 0.0,
-    v_grand_variance: float = 0.0,
-    weights: npt.ArrayLike | None = None,
-    behavior_variance: float | None = None,
-    contributor_names: Sequence[str] | None = None,
-) -> Attributions:
+def fit_datamodel(masks: CoalitionMasks, behaviors: Behaviors, **options: Unpack[FitKeywords]) -> Attributions:
     """Fit datamodel weights: ridge regression of the behavior on who is present, with a free intercept.
 
-    The penalty is the one of `DATAMODEL_PENALTIES` with the smallest mean squared leave-one-out error, in
+    The penalty is the one of `RIDGE_PENALTIES` with the smallest mean squared leave-one-out error, in
     closed form; with `ridge > 0`, that one. The covariance is of the shrunken values (the bias is not in it),
-    and both intervals hold the penalty fixed.
+    and both intervals hold the penalty fixed. Repeats are pooled; known noise weighs as in `fit_shapley`.
 
-    Options as in `AttributionKernel`; `v_empty`, `v_grand`, their variances, `estimator` and
-    `behavior_variance` are ignored, and no number of coalitions is too small, though the interval may be NaN.
+    Options as in `FitOptions`; `v_empty`, `v_grand`, their variances, `estimator` and `prior` are ignored, the design
+    is only recorded, and no number of coalitions is too small, though the interval may be NaN.
 
     Raises:
         FitError: Not one finite behavior per coalition.
@@ -112,88 +56,74 @@ def fit_datamodel(
     References:
         Ilyas et al. (2022); Hastie, Tibshirani and Friedman (2009), section 7.10 (leave-one-out).
     """
-    masks, behaviors = check_evaluations(masks, behaviors)
-    check_fit_options(ridge, interval, n_bootstrap, v_empty_variance, v_grand_variance, behavior_variance)
-    check_names(contributor_names, masks.shape[1])
-    row_weights = check_weights(weights, len(masks))
+    given = FitOptions(**options)
+    evaluations = check_fit(masks, behaviors, given)
+    ridge = given.ridge
     if ridge == 0.0:
-        ridge = _leave_one_out_penalty(masks, behaviors, row_weights)
-    return _fit_additive("datamodel", "ridge", masks, behaviors, row_weights, ridge, interval, n_bootstrap, seed)
+        regression = _additive_regression(evaluations.masks, evaluations.precision)
+        each = np.arange(len(evaluations.masks))
+        ridge = regression.leave_out_penalty(_standardised(evaluations.behaviors)[0], each)
+    return _fit_additive("datamodel", "ridge", evaluations, lambda part: part.precision, ridge, given)
 
 
-def fit_banzhaf(
-    masks: CoalitionMasks,
-    behaviors: Behaviors,
-    *,
-    v_empty: float | None = None,
-    v_grand: float | None = None,
-    estimator: str | None = None,
-    ridge: float = 0.0,
-    interval: str = "analytic",
-    n_bootstrap: int = 200,
-    seed: int = 0,
-    v_empty_variance: float = 0.0,
-    v_grand_variance: float = 0.0,
-    weights: npt.ArrayLike | None = None,
-    behavior_variance: float | None = None,
-    contributor_names: Sequence[str] | None = None,
-) -> Attributions:
-    """Fit Banzhaf values: least squares of the behavior on presence (+1/2, -1/2), with an intercept.
+def fit_banzhaf(masks: CoalitionMasks, behaviors: Behaviors, **options: Unpack[FitKeywords]) -> Attributions:
+    """Fit Banzhaf values, mean marginal contributions when all coalitions are equally likely.
 
-    Consistent for coalitions of the `uniform` removal distribution; for those of another law pass as
-    `weights` the ratio of the two probabilities, or read the result as the best additive prediction under
-    that law.
+    `kernel_banzhaf`, the default, is the least squares fit of the behavior on presence (+1/2, -1/2) with an intercept;
+    `msr` the mean behavior with a contributor less the mean without. Coalitions of a known `design` are weighted so
+    that sizes have the mass of that law; `design=None` takes them as drawn from the `uniform` removal distribution,
+    or, for `kernel_banzhaf`, gives the best additive prediction under the law that they do come from. In
+    `kernel_banzhaf` repeats are pooled and known noise weighs as in `fit_shapley`.
 
-    Options as in `AttributionKernel`; `v_empty`, `v_grand`, their variances, `estimator` and
-    `behavior_variance` are ignored. The empty and the grand coalition may be among `masks`.
+    Options as in `FitOptions`; `v_empty`, `v_grand`, their variances and `prior` are ignored. Without a design the
+    empty and the grand coalition may be among `masks`.
 
     Raises:
         RankDeficientFit: The coalitions do not identify every contributor and `ridge` is 0; the message names
             those. Coalitions of one size never do.
-        FitError: Not one finite behavior per coalition, or too few usable bootstrap draws.
-        ConfigError: An option is out of range.
+        CoalitionError: The masks are not boolean rows, or an empty or grand one with a design.
+        FitError: Not one finite behavior per coalition, too few usable bootstrap draws, or `msr` and a design that
+            does not choose members at random.
+        ConfigError: An option is unknown or out of range, or a ridge with `msr`.
 
     References:
-        Hammer and Holzman (1992); Wang and Jia (2023).
+        Hammer and Holzman (1992); Liu et al. (2024) (`kernel_banzhaf`); Wang and Jia (2023) (`msr`).
     """
-    masks, behaviors = check_evaluations(masks, behaviors)
-    check_fit_options(ridge, interval, n_bootstrap, v_empty_variance, v_grand_variance, behavior_variance)
-    names = check_names(contributor_names, masks.shape[1])
-    row_weights = check_weights(weights, len(masks))
-    if ridge == 0.0:
-        if len(np.unique(masks.sum(axis=1))) == 1:
+    given = FitOptions(**options)
+    estimator = given.chosen(BANZHAF_ESTIMATORS)
+    evaluations = check_fit(masks, behaviors, given, pool=estimator != "msr")
+    n_contributors = evaluations.n_contributors
+    if estimator == "msr":
+        if given.ridge > 0.0:
+            raise ConfigError(
+                f"Expected ridge 0 with estimator='msr', which is a mean, found {given.ridge}. Leave it out, or use "
+                "kernel_banzhaf."
+            )
+        return _fit_msr(evaluations, given)
+
+    def weigh(part: Evaluations) -> Array:
+        return banzhaf_weights(part, given.design)
+
+    if given.ridge == 0.0:
+        sizes = evaluations.sizes
+        if len(np.unique(sizes)) == 1:
             raise RankDeficientFit(
-                f"Expected coalitions of at least two sizes to fit Banzhaf values, found {masks[0].sum()} "
-                f"contributors in each, which leaves the common level of all {masks.shape[1]} open. Measure "
+                f"Expected coalitions of at least two sizes to fit Banzhaf values, found {sizes[0]} "
+                f"contributors in each, which leaves the common level of all {n_contributors} open. Measure "
                 "coalitions of removal_dist 'uniform', use fit_datamodel, or pass ridge > 0."
             )
-        require_identified(_additive_regression(masks, row_weights), np.eye(masks.shape[1]), names)
-    return _fit_additive("banzhaf", "least_squares", masks, behaviors, row_weights, ridge, interval, n_bootstrap, seed)
+        regression = _additive_regression(evaluations.masks, weigh(evaluations))
+        require_identified(regression, np.eye(n_contributors), given.contributor_names)
+    return _fit_additive("banzhaf", estimator, evaluations, weigh, given.ridge, given)
 
 
-def fit_loo(
-    masks: CoalitionMasks,
-    behaviors: Behaviors,
-    *,
-    v_empty: float | None = None,
-    v_grand: float | None = None,
-    estimator: str | None = None,
-    ridge: float = 0.0,
-    interval: str = "analytic",
-    n_bootstrap: int = 200,
-    seed: int = 0,
-    v_empty_variance: float = 0.0,
-    v_grand_variance: float = 0.0,
-    weights: npt.ArrayLike | None = None,
-    behavior_variance: float | None = None,
-    contributor_names: Sequence[str] | None = None,
-) -> Attributions:
+def fit_loo(masks: CoalitionMasks, behaviors: Behaviors, **options: Unpack[FitKeywords]) -> Attributions:
     """Leave-one-out credit: the grand coalition's behavior less that without the contributor.
 
-    Repeats are averaged. The noise of one evaluation is `behavior_variance`, or else pooled over the repeats;
-    with neither the covariance is unknown: NaN.
+    Repeats are averaged by their precision. The noise of an evaluation is `behavior_variance`, or else pooled over the
+    repeats; with neither the covariance is unknown: NaN.
 
-    Options as in `AttributionKernel`; `v_grand` is required; `v_empty`, its variance, `estimator`, `ridge`,
+    Options as in `FitOptions`; `v_grand` is required; `v_empty`, its variance, `estimator`, `prior`, `ridge`,
     `interval` (always analytic), `n_bootstrap`, `seed` and `weights` are ignored.
 
     Raises:
@@ -201,34 +131,19 @@ def fit_loo(
         FitError: A row leaves out nobody or more than one, `v_grand` is missing, or a behavior is not finite.
         ConfigError: An option is out of range.
     """
-    masks, behaviors = check_evaluations(masks, behaviors)
-    check_fit_options(ridge, interval, n_bootstrap, v_empty_variance, v_grand_variance, behavior_variance)
-    v1 = require_value(v_grand, "v_grand")
-    means, covariance = _one_at_a_time(
-        ~masks, behaviors, "leave out", behavior_variance, check_names(contributor_names, masks.shape[1])
-    )
+    given = replace(FitOptions(**options), weights=None)
+    evaluations = check_fit(masks, behaviors, given, pool=False)
+    v1 = require_value(given.v_grand, "v_grand")
+    means, covariance, noise_sd = _one_at_a_time(~evaluations.masks, evaluations, "leave out", given)
     values = v1 - means
     # The intercept that makes the additive prediction pass through every coalition measured.
-    return _single_attributions("loo", masks, values, covariance + v_grand_variance, v1 - values.sum())
+    intercept = float(v1 - values.sum())
+    return _single_attributions(
+        "loo", evaluations, given, values, covariance + given.v_grand_variance, intercept, noise_sd
+    )
 
 
-def fit_add_one_in(
-    masks: CoalitionMasks,
-    behaviors: Behaviors,
-    *,
-    v_empty: float | None = None,
-    v_grand: float | None = None,
-    estimator: str | None = None,
-    ridge: float = 0.0,
-    interval: str = "analytic",
-    n_bootstrap: int = 200,
-    seed: int = 0,
-    v_empty_variance: float = 0.0,
-    v_grand_variance: float = 0.0,
-    weights: npt.ArrayLike | None = None,
-    behavior_variance: float | None = None,
-    contributor_names: Sequence[str] | None = None,
-) -> Attributions:
+def fit_add_one_in(masks: CoalitionMasks, behaviors: Behaviors, **options: Unpack[FitKeywords]) -> Attributions:
     """Add-one-in credit: the contributor's behavior alone less the empty coalition's.
 
     Repeats, noise, ignored options and errors as in `fit_loo`, with `v_empty` in place of `v_grand`.
@@ -238,13 +153,12 @@ def fit_add_one_in(
         FitError: A row keeps nobody or more than one, `v_empty` is missing, or a behavior is not finite.
         ConfigError: An option is out of range.
     """
-    masks, behaviors = check_evaluations(masks, behaviors)
-    check_fit_options(ridge, interval, n_bootstrap, v_empty_variance, v_grand_variance, behavior_variance)
-    v0 = require_value(v_empty, "v_empty")
-    means, covariance = _one_at_a_time(
-        masks, behaviors, "keep", behavior_variance, check_names(contributor_names, masks.shape[1])
-    )
-    return _single_attributions("add_one_in", masks, means - v0, covariance + v_empty_variance, v0)
+    given = replace(FitOptions(**options), weights=None)
+    evaluations = check_fit(masks, behaviors, given, pool=False)
+    v0 = require_value(given.v_empty, "v_empty")
+    means, covariance, noise_sd = _one_at_a_time(evaluations.masks, evaluations, "keep", given)
+    covariance = covariance + given.v_empty_variance
+    return _single_attributions("add_one_in", evaluations, given, means - v0, covariance, v0, noise_sd)
 
 
 ATTRIBUTION_KERNELS: dict[str, AttributionKernel] = {
@@ -256,12 +170,9 @@ ATTRIBUTION_KERNELS: dict[str, AttributionKernel] = {
 }
 
 
-def _additive_regression(
-    masks: CoalitionMasks, row_weights: Array | None, rows: npt.NDArray[np.intp] | slice = slice(None)
-) -> Regression:
+def _additive_regression(masks: CoalitionMasks, weights: Array) -> Regression:
     """Regression on presence, coded as +-1/2, beside an intercept."""
-    weights = np.ones(len(masks)) if row_weights is None else row_weights
-    return Regression.factorise(np.where(masks[rows], 0.5, -0.5), np.ones((len(masks), 1))[rows], weights[rows])
+    return Regression.factorise(np.where(masks, 0.5, -0.5), np.ones((len(masks), 1)), weights)
 
 
 def _standardised(behaviors: Behaviors) -> tuple[Array, float]:
@@ -271,93 +182,106 @@ def _standardised(behaviors: Behaviors) -> tuple[Array, float]:
     return differences / scale, scale
 
 
-def _leave_one_out_penalty(masks: CoalitionMasks, behaviors: Behaviors, row_weights: Array | None) -> float:
-    """The penalty with the smallest mean squared leave-one-out error."""
-    regression = _additive_regression(masks, row_weights)
-    response = _standardised(behaviors)[0]
-    tiny = np.finfo(np.float64).tiny
-    errors = [
-        regression.residuals(response, ridge) / np.maximum(1.0 - regression.leverages(ridge), tiny)
-        for ridge in DATAMODEL_PENALTIES
-    ]
-    return float(DATAMODEL_PENALTIES[np.argmin((np.array(errors) ** 2).mean(axis=1))])
-
-
 def _fit_additive(
     kernel: str,
     estimator: str,
-    masks: CoalitionMasks,
-    behaviors: Behaviors,
-    row_weights: Array | None,
+    evaluations: Evaluations,
+    weigh: Callable[[Evaluations], Array],
     ridge: float,
-    interval: str,
-    n_bootstrap: int,
-    seed: int,
+    options: FitOptions,
 ) -> Attributions:
     """Additive regression with a free intercept and its covariance."""
-    regression = _additive_regression(masks, row_weights)
-    response, scale = _standardised(behaviors)
-    clusters = complement_clusters(masks)
-    if interval == "analytic":
+    masks, weights = evaluations.masks, weigh(evaluations)
+    regression = _additive_regression(masks, weights)
+    response, scale = _standardised(evaluations.behaviors)
+    clusters = evaluations.clusters
+    if options.interval == "analytic":
         covariance = regression.covariance(response, ridge, clusters)
     else:
 
         def refit(rows: npt.NDArray[np.intp]) -> Array | None:
-            if row_weights is not None and not row_weights[rows].any():
-                return None
-            drawn = _additive_regression(masks, row_weights, rows)
+            drawn = _additive_regression(masks[rows], weigh(evaluations.take(rows)))
             if ridge == 0.0 and drawn.rank < masks.shape[1]:
                 return None
             return drawn.coefficients(response[rows], ridge)
 
-        stream = numpy_stream(seed, "bootstrap", kernel, estimator)
-        covariance = bootstrap_covariance(refit, clusters, n_bootstrap, stream)
+        stream = numpy_stream(options.seed, "bootstrap", kernel, estimator)
+        covariance = bootstrap_covariance(refit, clusters, options.n_bootstrap, stream)
     values = scale * regression.coefficients(response, ridge)
+    noise_sd, loo_r2 = regression.diagnose(response, ridge, clusters, evaluations.precision)
     return Attributions(
         values=values,
         covariance=scale**2 * covariance,
         kernel=kernel,
         estimator=estimator,
-        interval=interval,
-        n_coalitions=len(masks),
+        interval=options.interval,
+        n_coalitions=evaluations.n_evaluations,
         rank=regression.rank,
-        intercept=float(np.average(behaviors - masks @ values, weights=row_weights)),
+        intercept=float(np.average(evaluations.behaviors - masks @ values, weights=weights)),
         fit_keys=frozenset(coalition_keys(masks)),
+        design=options.design,
+        noise_sd=scale * noise_sd,
+        loo_r2=loo_r2,
+    )
+
+
+def _fit_msr(evaluations: Evaluations, options: FitOptions) -> Attributions:
+    """Maximum sample reuse; the intercept makes the additive prediction right on average."""
+    behaviors, masks = evaluations.behaviors, evaluations.masks
+    scale = _standardised(behaviors)[1]
+    weights = banzhaf_weights(evaluations, options.design, by_precision=False)
+    values, covariance = maximum_sample_reuse(evaluations.in_units(behaviors[0], scale), options)
+    return Attributions(
+        values=scale * values,
+        covariance=scale**2 * covariance,
+        kernel="banzhaf",
+        estimator="msr",
+        interval=options.interval,
+        n_coalitions=evaluations.n_evaluations,
+        rank=int(np.linalg.matrix_rank(masks - masks.mean(axis=0))),
+        intercept=float(np.average(behaviors - masks @ (scale * values), weights=weights)),
+        fit_keys=frozenset(coalition_keys(masks)),
+        design=options.design,
     )
 
 
 def _one_at_a_time(
-    chosen: CoalitionMasks,
-    behaviors: Behaviors,
-    verb: str,
-    behavior_variance: float | None,
-    names: Sequence[str] | None,
-) -> tuple[Array, Array]:
-    """Mean behavior per chosen contributor `(n,)` and its covariance `(n, n)`, NaN where unknown."""
+    chosen: CoalitionMasks, evaluations: Evaluations, verb: str, options: FitOptions
+) -> tuple[Array, Array, float]:
+    """Mean behavior per chosen contributor `(n,)`, its covariance `(n, n)` and the noise; NaN where unknown."""
     wrong = np.flatnonzero(chosen.sum(axis=1) != 1)
     if len(wrong):
         raise FitError(
             f"Expected every coalition to {verb} exactly one contributor, found another number in rows "
             f"{named(wrong, None)}. Leave those rows out."
         )
-    repeats = chosen.sum(axis=0)
-    missing = np.flatnonzero(repeats == 0)
+    missing = np.flatnonzero(~chosen.any(axis=0))
     if len(missing):
         raise RankDeficientFit(
             f"Expected coalitions that {verb} each of {chosen.shape[1]} contributors, found none for "
-            f"contributors {named(missing, names)}. Measure those {len(missing)} coalitions."
+            f"contributors {named(missing, options.contributor_names)}. Measure those {len(missing)} coalitions."
         )
-    means = behaviors @ chosen / repeats
+    behaviors, precision = evaluations.behaviors, evaluations.precision
+    total = precision @ chosen
+    offset = behaviors[chosen.argmax(axis=0)]  # repeats that agree keep their value to the last bit
+    means = offset + (precision * (behaviors - chosen @ offset)) @ chosen / total
     spare = len(chosen) - chosen.shape[1]
-    if behavior_variance is None and spare:
-        behavior_variance = float(((behaviors - chosen @ means) ** 2).sum() / spare)
-    if behavior_variance is None:
-        return means, np.full((len(means), len(means)), np.nan)
-    return means, np.diag(behavior_variance / repeats)
+    if options.behavior_variance is not None:
+        noise_variance = float(np.mean(np.asarray(options.behavior_variance, dtype=np.float64)))
+    else:
+        noise_variance = float(((behaviors - chosen @ means) ** 2).sum() / spare) if spare else np.nan
+    covariance = np.full(2 * means.shape, np.nan) if np.isnan(noise_variance) else np.diag(noise_variance / total)
+    return means, covariance, float(np.sqrt(noise_variance))
 
 
 def _single_attributions(
-    kernel: str, masks: CoalitionMasks, values: Array, covariance: Array, intercept: float
+    kernel: str,
+    evaluations: Evaluations,
+    options: FitOptions,
+    values: Array,
+    covariance: Array,
+    intercept: float,
+    noise_sd: float,
 ) -> Attributions:
     return Attributions(
         values=values,
@@ -365,8 +289,10 @@ def _single_attributions(
         kernel=kernel,
         estimator="difference",
         interval="analytic",
-        n_coalitions=len(masks),
+        n_coalitions=len(evaluations.masks),
         rank=len(values),
-        intercept=float(intercept),
-        fit_keys=frozenset(coalition_keys(masks)),
+        intercept=intercept,
+        fit_keys=frozenset(coalition_keys(evaluations.masks)),
+        design=options.design,
+        noise_sd=noise_sd,
     )

@@ -7,8 +7,9 @@ of a model retrained from scratch on each (Ilyas et al. 2022; Park et al. 2023).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -30,11 +31,11 @@ class LDSResult:
 
     Attributes:
         mean: Mean of `per_seed`.
-        interval: `(2,)`, bootstrap interval of `mean` over the test coalitions.
+        interval: `(2,)`, bootstrap interval of `mean` over the test coalitions and the training seeds together.
         per_seed: `(n_seeds,)`, LDS against the behaviors of each training seed.
-        per_seed_intervals: `(n_seeds, 2)`.
+        per_seed_intervals: `(n_seeds, 2)`, over the test coalitions.
         averaged: LDS against the behavior averaged over training seeds, which holds less noise.
-        averaged_interval: `(2,)`, of `averaged`.
+        averaged_interval: `(2,)`, of `averaged`, over both.
         n_test: Number of test coalitions.
         level: Probability with which an interval holds its score.
         undefined_reason: Why a score or an interval is NaN; empty when none is.
@@ -85,6 +86,42 @@ class LDSCeiling:
 
 
 @dataclass(frozen=True)
+class LDSComparison:
+    """LDS of one attribution less that of another, on the same test coalitions and the same bootstrap draws.
+
+    Attributes:
+        difference: Mean LDS of the first less that of the second, in [-2, 2] or NaN.
+        interval: `(2,)`, bootstrap interval over the test coalitions and the training seeds together.
+        probability: Share of the draws in which the first scores higher; equal scores count half.
+        n_test: Number of test coalitions.
+        level: Probability with which the interval holds the difference.
+        undefined_reason: Why a number is NaN; empty when none is.
+    """
+
+    difference: float
+    interval: Array
+    probability: float
+    n_test: int
+    level: float
+    undefined_reason: str = ""
+
+
+@dataclass(frozen=True)
+class FitAtSize:
+    """Attributions fitted to the first `n_fit` fit coalitions, or why there are none.
+
+    Attributes:
+        n_fit: Number of fit coalitions.
+        attributions: None when they cannot be fitted.
+        missing_reason: Why `attributions` is None; empty when it is not.
+    """
+
+    n_fit: int
+    attributions: Attributions | None
+    missing_reason: str = ""
+
+
+@dataclass(frozen=True)
 class LDSAtSize:
     """LDS after the first `n_fit` fit coalitions, or why there is none.
 
@@ -99,6 +136,115 @@ class LDSAtSize:
     missing_reason: str = ""
 
 
+@dataclass(frozen=True, eq=False)
+class LDSTestSet:
+    """Retrained test coalitions with the bootstrap draws that all attributions scored on them share.
+
+    A draw takes as many test coalitions as there are, and as many training seeds, both with replacement. The
+    seeds are drawn because the score is meant for retrainings with any seed: those at hand are a few out of
+    many, and others would have given other behaviors. Drawing coalitions alone would take them for all there
+    are. With k seeds a draw shows only (k - 1)/k of the variance that they cause, and none with one seed, so two
+    or three say little about it. The noise of a single retraining, on the other hand, counts in both drawings,
+    which makes intervals somewhat too long rather than too short (Owen 2007, The pigeonhole bootstrap).
+
+    Attributes:
+        masks: `(n_test, n_contributors)`.
+        behaviors: `(n_seeds, n_test)`, raw.
+        level: Probability with which an interval holds its score.
+        coalition_draws: `(n_bootstrap, n_test)`, rows of `masks`.
+        seed_draws: `(n_bootstrap, n_seeds)`, rows of `behaviors`.
+        ranks: `(n_seeds + 1, n_bootstrap, n_test)`, standardised ranks of the drawn coalitions by the behaviors of
+            each seed, and by the mean behavior of the drawn seeds; NaN where all are equal.
+    """
+
+    masks: CoalitionMasks
+    behaviors: Array
+    level: float
+    coalition_draws: npt.NDArray[np.int64] = field(repr=False)
+    seed_draws: npt.NDArray[np.int64] = field(repr=False)
+    ranks: Array = field(repr=False)
+
+    @classmethod
+    def prepare(
+        cls,
+        test_masks: CoalitionMasks,
+        test_behaviors: npt.ArrayLike,
+        *,
+        n_bootstrap: int = 1000,
+        seed: int = 0,
+        level: float = 0.95,
+    ) -> Self:
+        """Draw and rank the test coalitions; arguments and errors as in `lds`."""
+        masks = check_masks(test_masks)
+        behaviors = np.atleast_2d(np.asarray(test_behaviors, dtype=np.float64))
+        behaviors = _checked_test_behaviors(behaviors, len(masks))
+        _check_bootstrap(n_bootstrap, level)
+        draws = _bootstrap_rows(len(masks), n_bootstrap, seed)
+        seed_draws = numpy_stream(seed, "lds_bootstrap_seeds").integers(
+            len(behaviors), size=(n_bootstrap, len(behaviors))
+        )
+        averaged = np.take_along_axis(behaviors[seed_draws].mean(axis=1), draws, axis=1)  # (n_bootstrap, n_test)
+        ranks = _standardised_ranks(np.concatenate([behaviors[:, draws], averaged[None]]))
+        return cls(masks, behaviors, level, draws, seed_draws, ranks)
+
+    def score(self, attributions: Attributions) -> LDSResult:
+        """LDS of attributions; errors as in `lds`."""
+        predictions = self._predictions(attributions)
+        targets = np.vstack([self.behaviors, self.behaviors.mean(axis=0)])  # (n_seeds + 1, n_test)
+        scores = rank_correlation(predictions, targets)
+        resampled, means = self._resampled(predictions)
+        interval = _interval(means, self.level)
+        return LDSResult(
+            mean=float(scores[:-1].mean()),
+            interval=interval,
+            per_seed=scores[:-1],
+            per_seed_intervals=np.array([_interval(row, self.level) for row in resampled[:-1]]),
+            averaged=float(scores[-1]),
+            averaged_interval=_interval(resampled[-1], self.level),
+            n_test=len(self.masks),
+            level=self.level,
+            undefined_reason=_undefined_reason({"predictions": predictions[None], "behaviors": targets}, interval),
+        )
+
+    def compare(self, first: Attributions, second: Attributions) -> LDSComparison:
+        """LDS of `first` less that of `second`; errors as in `lds`."""
+        predictions = np.array([self._predictions(item) for item in (first, second)])
+        scores = [rank_correlation(row, self.behaviors).mean() for row in predictions]
+        draws = np.array([self._resampled(row)[1] for row in predictions])
+        differences = draws[0] - draws[1]
+        interval = _interval(differences, self.level)
+        known = differences[np.isfinite(differences)]
+        return LDSComparison(
+            difference=float(scores[0] - scores[1]),
+            interval=interval,
+            probability=float(((1 + np.sign(known)) / 2).mean()) if np.isfinite(interval).all() else float("nan"),
+            n_test=len(self.masks),
+            level=self.level,
+            undefined_reason=_undefined_reason({"predictions": predictions, "behaviors": self.behaviors}, interval),
+        )
+
+    def _predictions(self, attributions: Attributions) -> Array:
+        """Additive predictions `(n_test,)` up to shift and scale, for coalitions that were not fitted to."""
+        masks = check_masks(self.masks, n_contributors=attributions.n_contributors)
+        seen = sorted(attributions.fit_keys.intersection(coalition_keys(masks)))
+        if seen:
+            raise FitError(
+                f"Expected test coalitions that were not fitted to, found {len(seen)} that were, such as "
+                f"{seen[0]}. Drop those fit coalitions with disjoint_from and fit again."
+            )
+        if not np.isfinite(attributions.values).all():
+            raise FitError("Expected finite attributions, found NaN or infinity. Fit them again on finite behaviors.")
+        # The intercept has no rank; rounding keeps equal predictions equal whatever the order of summation.
+        credit = np.abs(attributions.values).sum() or 1.0
+        return np.round(masks @ (attributions.values / credit), 12)
+
+    def _resampled(self, predictions: Array) -> tuple[Array, Array]:
+        """Scores `(n_seeds + 1, n_bootstrap)` of every draw, and their means `(n_bootstrap,)` over drawn seeds."""
+        drawn = _standardised_ranks(predictions[self.coalition_draws])
+        scores = np.clip(np.einsum("sbt,bt->sb", self.ranks, drawn), -1.0, 1.0)
+        return scores, np.take_along_axis(scores[:-1].T, self.seed_draws, axis=1).mean(axis=1)
+
+
 def lds(
     attributions: Attributions,
     test_masks: CoalitionMasks,
@@ -110,11 +256,15 @@ def lds(
 ) -> LDSResult:
     """Score attributions on coalitions that they were not fitted to.
 
+    The test coalitions may be of one size or of several (alpha 0.25, 0.5, 0.75): the score answers for the ones
+    given. Intervals are by bootstrap over test coalitions and training seeds together; `LDSTestSet` says why, and
+    serves to score many attributions on the same draws.
+
     Args:
         attributions: Their `fit_keys` name the coalitions that may not be tested.
         test_masks: `(n_test, n_contributors)`, at least 3.
         test_behaviors: `(n_test,)`, or `(n_seeds, n_test)` for several training seeds; raw.
-        n_bootstrap: Number of bootstrap draws of test coalitions; all seeds share a draw.
+        n_bootstrap: Number of bootstrap draws.
         seed: Root seed of the bootstrap.
         level: Probability with which an interval holds its score.
 
@@ -128,37 +278,29 @@ def lds(
         CoalitionError: The masks are not those of the same contributors.
         ConfigError: `n_bootstrap` or `level` is out of range.
     """
-    test_masks = check_masks(test_masks, n_contributors=attributions.n_contributors)
-    behaviors = _checked_test_behaviors(np.atleast_2d(np.asarray(test_behaviors, dtype=np.float64)), len(test_masks))
-    _check_bootstrap(n_bootstrap, level)
-    seen = sorted(attributions.fit_keys.intersection(coalition_keys(test_masks)))
-    if seen:
-        raise FitError(
-            f"Expected test coalitions that were not fitted to, found {len(seen)} that were, such as "
-            f"{seen[0]}. Drop those fit coalitions with disjoint_from and fit again."
-        )
-    if not np.isfinite(attributions.values).all():
-        raise FitError("Expected finite attributions, found NaN or infinity. Fit them again on finite behaviors.")
+    masks = check_masks(test_masks, n_contributors=attributions.n_contributors)
+    test_set = LDSTestSet.prepare(masks, test_behaviors, n_bootstrap=n_bootstrap, seed=seed, level=level)
+    return test_set.score(attributions)
 
-    # The intercept has no rank; rounding keeps equal predictions equal whatever the order of summation.
-    credit = np.abs(attributions.values).sum() or 1.0
-    predictions = np.round(test_masks @ (attributions.values / credit), 12)
-    targets = np.vstack([behaviors, behaviors.mean(axis=0)])  # (n_seeds + 1, n_test)
-    scores = rank_correlation(predictions, targets)
-    draws = _bootstrap_rows(len(test_masks), n_bootstrap, seed)
-    resampled = rank_correlation(predictions[draws], targets[:, draws])  # (n_seeds + 1, n_bootstrap)
-    interval = _interval(resampled[:-1].mean(axis=0), level)
-    return LDSResult(
-        mean=float(scores[:-1].mean()),
-        interval=interval,
-        per_seed=scores[:-1],
-        per_seed_intervals=np.array([_interval(row, level) for row in resampled[:-1]]),
-        averaged=float(scores[-1]),
-        averaged_interval=_interval(resampled[-1], level),
-        n_test=len(test_masks),
-        level=level,
-        undefined_reason=_undefined_reason({"predictions": predictions[None], "behaviors": targets}, interval),
-    )
+
+def compare_lds(
+    first: Attributions,
+    second: Attributions,
+    test_masks: CoalitionMasks,
+    test_behaviors: npt.ArrayLike,
+    *,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> LDSComparison:
+    """Compare two attributions on the same test coalitions: LDS of `first` less that of `second`.
+
+    Both are scored on the same bootstrap draws, so what makes a draw easy or hard for both drops out, and the
+    interval is far shorter than two intervals side by side suggest. Arguments and errors as in `lds`.
+    """
+    masks = check_masks(test_masks, n_contributors=first.n_contributors)
+    test_set = LDSTestSet.prepare(masks, test_behaviors, n_bootstrap=n_bootstrap, seed=seed, level=level)
+    return test_set.compare(first, second)
 
 
 def lds_ceiling(
@@ -247,6 +389,30 @@ def lds_convergence(
     Raises:
         FitError: As in `lds`, or a size is less than 1.
     """
+    fits = fit_at_sizes(fit_masks, fit_behaviors, sizes=sizes, fit=fit)
+    test_set = LDSTestSet.prepare(test_masks, test_behaviors, n_bootstrap=n_bootstrap, seed=seed, level=level)
+    return [
+        LDSAtSize(at.n_fit, None if at.attributions is None else test_set.score(at.attributions), at.missing_reason)
+        for at in fits
+    ]
+
+
+def fit_at_sizes(
+    fit_masks: CoalitionMasks,
+    fit_behaviors: Behaviors,
+    *,
+    sizes: Sequence[int],
+    fit: Callable[[CoalitionMasks, Behaviors], Attributions],
+) -> list[FitAtSize]:
+    """Fit attributions to the first 1, 2, ... of the fit coalitions; arguments as in `lds_convergence`.
+
+    Returns:
+        One entry per size, in order. A size with more coalitions than there are, or to which nothing can be
+        fitted, has no attributions and states the reason.
+
+    Raises:
+        FitError: A size is less than 1, or a behavior is not finite.
+    """
     fit_masks, fit_behaviors = check_evaluations(fit_masks, fit_behaviors)
     if any(size < 1 for size in sizes):
         raise FitError(f"Expected sizes of at least 1 fit coalition, found {min(sizes)}. Remove it.")
@@ -254,26 +420,26 @@ def lds_convergence(
     for size in sizes:
         if size > len(fit_masks):
             reason = f"Expected {size} fit coalitions, found {len(fit_masks)}. Measure the others first."
-            entries.append(LDSAtSize(size, None, reason))
+            entries.append(FitAtSize(size, None, reason))
             continue
         try:
-            attributions = fit(fit_masks[:size], fit_behaviors[:size])
+            entries.append(FitAtSize(size, fit(fit_masks[:size], fit_behaviors[:size])))
         except FitError as error:
-            entries.append(LDSAtSize(size, None, str(error)))
-            continue
-        result = lds(attributions, test_masks, test_behaviors, n_bootstrap=n_bootstrap, seed=seed, level=level)
-        entries.append(LDSAtSize(size, result))
+            entries.append(FitAtSize(size, None, str(error)))
     return entries
 
 
 def rank_correlation(first: npt.ArrayLike, second: npt.ArrayLike) -> Array:
     """Spearman correlation along the last axis, broadcast; ties share a rank; NaN where all are equal."""
-    a, b = (rankdata(x, axis=-1) for x in (first, second))
-    a, b = (x - x.mean(axis=-1, keepdims=True) for x in (a, b))
-    spread = np.sqrt((a**2).sum(axis=-1) * (b**2).sum(axis=-1))
-    together = (a * b).sum(axis=-1)
-    undefined = np.full(together.shape, np.nan)
-    return np.clip(np.divide(together, spread, out=undefined, where=spread > 0), -1.0, 1.0)
+    return np.clip((_standardised_ranks(first) * _standardised_ranks(second)).sum(axis=-1), -1.0, 1.0)
+
+
+def _standardised_ranks(values: npt.ArrayLike) -> Array:
+    """Ranks along the last axis with mean 0 and sum of squares 1; ties share a rank; NaN where all are equal."""
+    ranks = rankdata(values, axis=-1)
+    ranks -= ranks.mean(axis=-1, keepdims=True)
+    norm = np.sqrt((ranks**2).sum(axis=-1, keepdims=True))
+    return np.divide(ranks, norm, out=np.full(ranks.shape, np.nan), where=norm > 0)
 
 
 def _checked_test_behaviors(behaviors: Array, n_test: int) -> Array:

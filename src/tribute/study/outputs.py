@@ -6,17 +6,25 @@ import csv
 import io
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tribute.errors import StoreError
 from tribute.files import write_whole
-from tribute.games.lds import LDSCeiling, LDSResult
-from tribute.study.run import BehaviorResult, StudyResult
+from tribute.games.designs import PAIRED_DESIGNS
+from tribute.games.uncertainty import rank_intervals, separation
 from tribute.types import Attributions, Images
+
+if TYPE_CHECKING:
+    from tribute.study.run import BehaviorResult, StudyResult
+    from tribute.study.stages import Validation
+
+MIN_LOO_R2 = 0.2
+"""Below this leave-one-out R2 the fit says little about coalitions that it has not seen, and intervals rest on it."""
 
 _INK, _MUTED, _ACCENT, _GRID = "#1f2430", "#6b7280", "#2563a8", "#e5e7eb"
 
@@ -38,6 +46,52 @@ def shares(attributions: Attributions) -> npt.NDArray[np.float64]:
     if math.isclose(total, 0.0, abs_tol=1e-12):
         return np.full(attributions.n_contributors, np.nan)
     return attributions.values / total
+
+
+def separation_sentence(fitted: Attributions, names: Sequence[str], *, higher_is_better: bool) -> str | None:
+    """How many more coalitions should separate two neighbours; None when all are separated, or nothing is known."""
+    found = separation(fitted, higher_is_better=higher_is_better)
+    return None if found is None else found.sentence(names, paired=fitted.design in PAIRED_DESIGNS)
+
+
+def fit_warning(fitted: Attributions) -> str | None:
+    """A sentence where the fit is too poor for its intervals to be relied on; None where it is not, or unknown."""
+    if not fitted.loo_r2 < MIN_LOO_R2:
+        return None
+    return (
+        f"intervals rest on a poor fit: it predicts little of a coalition that it has not seen (leave-one-out R2 "
+        f"{fitted.loo_r2:.2f}); measure more coalitions, or each with more images"
+    )
+
+
+def fit_notes(fitted: Attributions, names: Sequence[str], *, higher_is_better: bool) -> list[str]:
+    """What to know beside a table of attributions, in sentences: the fit, why this estimator, what to measure next.
+
+    Args:
+        fitted: Attributions of one behavior.
+        names: `(n_contributors,)`.
+        higher_is_better: Direction of the behavior.
+    """
+    facts = [f"design {fitted.design or 'not known'}", f"estimator {fitted.estimator}"]
+    facts.append(f"{fitted.n_coalitions} coalitions")
+    if math.isfinite(fitted.noise_sd):
+        facts.append(f"effective noise of one evaluation {fitted.noise_sd:.3g}")
+    if math.isfinite(fitted.loo_r2):
+        facts.append(f"leave-one-out R2 of the fit {fitted.loo_r2:.2f}")
+    warning = fit_warning(fitted)
+    notes = [
+        ", ".join(facts),
+        fitted.explanation,
+        separation_sentence(fitted, names, higher_is_better=higher_is_better),
+        None if warning is None else f"warning: {warning}",
+    ]
+    return [note for note in notes if note]
+
+
+def rank_texts(fitted: Attributions, *, higher_is_better: bool) -> list[str]:
+    """95 % intervals of the ranks as text, `2-4` or `1`; 1 is the best."""
+    bounds = rank_intervals(fitted, higher_is_better=higher_is_better)
+    return [f"{low}" if low == high else f"{low}-{high}" for low, high in bounds]
 
 
 def write_outputs(result: StudyResult) -> list[Path]:
@@ -67,15 +121,17 @@ def attributions_csv(result: StudyResult) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
         ["behavior", "kernel", "estimator", "contributor", "n_examples", "attribution", "standard_error"]
-        + ["low_95", "high_95", "share"]
+        + ["low_95", "high_95", "share", "rank_low", "rank_high"]
     )
     for item in result.behaviors:
         for kernel, fitted in item.attributions.items():
             intervals, share = fitted.intervals(), shares(fitted)
+            ranks = rank_intervals(fitted, higher_is_better=direction(item) > 0)
             for i, name in enumerate(result.contributor_names):
                 numbers = [fitted.values[i], fitted.standard_errors[i], *intervals[i], share[i]]
                 texts = ["" if not math.isfinite(x) else f"{x:.8g}" for x in numbers]
-                writer.writerow([item.name, kernel, fitted.estimator, _plain(name), result.n_examples[i], *texts])
+                row = [item.name, kernel, fitted.estimator, _plain(name), result.n_examples[i], *texts, *ranks[i]]
+                writer.writerow(row)
     return text.getvalue()
 
 
@@ -94,12 +150,12 @@ def summary(result: StudyResult) -> dict[str, Any]:
             "v_grand": item.end_points.grand.tolist(),
             "n_fit_coalitions": len(item.fit_behaviors),
             "n_test_coalitions": 0 if item.test_masks is None else len(item.test_masks),
-            "attributions": {kernel: _attributions_json(fitted) for kernel, fitted in item.attributions.items()},
-            "not_fitted": item.unfitted,
-            "lds": {
-                kernel: _lds_json(validation.score, validation.ceiling)
-                for kernel, validation in item.validations.items()
+            "attributions": {
+                kernel: _attributions_json(fitted, result.contributor_names, direction(item) > 0)
+                for kernel, fitted in item.attributions.items()
             },
+            "not_fitted": item.unfitted,
+            "lds": {kernel: _lds_json(validation) for kernel, validation in item.validations.items()},
         }
     return _without_nan(
         {
@@ -119,20 +175,28 @@ def summary(result: StudyResult) -> dict[str, Any]:
     )
 
 
-def _attributions_json(fitted: Attributions) -> dict[str, Any]:
+def _attributions_json(fitted: Attributions, names: Sequence[str], higher_is_better: bool) -> dict[str, Any]:
     return {
+        "design": fitted.design,
         "estimator": fitted.estimator,
+        "explanation": fitted.explanation or None,
         "interval": fitted.interval,
         "n_coalitions": fitted.n_coalitions,
         "rank": fitted.rank,
+        "noise_sd": fitted.noise_sd,
+        "loo_r2": fitted.loo_r2,
+        "warning": fit_warning(fitted),
+        "separation": separation_sentence(fitted, names, higher_is_better=higher_is_better),
         "values": fitted.values.tolist(),
         "standard_errors": fitted.standard_errors.tolist(),
         "intervals_95": fitted.intervals().tolist(),
+        "rank_intervals_95": rank_intervals(fitted, higher_is_better=higher_is_better).tolist(),
         "shares": shares(fitted).tolist(),
     }
 
 
-def _lds_json(score: LDSResult, ceiling: LDSCeiling | None) -> dict[str, Any]:
+def _lds_json(validation: Validation) -> dict[str, Any]:
+    score, ceiling, comparison = validation.score, validation.ceiling, validation.comparison
     return {
         "mean": score.mean,
         "interval_95": score.interval.tolist(),
@@ -143,6 +207,13 @@ def _lds_json(score: LDSResult, ceiling: LDSCeiling | None) -> dict[str, Any]:
         "ceiling": None if ceiling is None else ceiling.value,
         "ceiling_interval_95": None if ceiling is None else ceiling.interval.tolist(),
         "undefined_reason": score.undefined_reason,
+        "less_shapley": None
+        if comparison is None
+        else {
+            "difference": comparison.difference,
+            "interval_95": comparison.interval.tolist(),
+            "probability": comparison.probability,
+        },
     }
 
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,8 @@ from tribute.diffusion.train import Progress
 from tribute.errors import FitError, MixedResultsError, StoreError
 from tribute.files import write_whole
 from tribute.games.coalitions import empty_coalition, grand_coalition, mask_from_idx
-from tribute.games.removal import draw_coalition
+from tribute.games.designs import PAIRED_DESIGNS, coalitions_from
+from tribute.games.lds import MIN_TEST_COALITIONS, LDSTestSet
 from tribute.models.checkpoint import Checkpoint
 from tribute.store.records import ClaimedEvaluation, EvaluationSpec, EvaluationTable, Store
 from tribute.study.executors import SerialExecutor
@@ -35,7 +37,7 @@ from tribute.study.stages import (
 )
 from tribute.study.value_function import Evaluation, ValueFunction
 from tribute.study.worker import Worker
-from tribute.types import Attributions, Behaviors, CoalitionMasks
+from tribute.types import Attributions, Behaviors, CoalitionMask, CoalitionMasks
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +81,7 @@ class BehaviorResult:
         end_points: v(empty) and v(grand).
         attributions: By attribution kernel; `shapley` uses the study's estimator.
         unfitted: Kernels that could not be fitted, with the reason.
-        validations: LDS by attribution kernel; empty without test coalitions.
+        validations: LDS by attribution kernel, compared with that of `shapley`; empty without test coalitions.
         fit_masks: Coalitions that were fitted to.
         fit_behaviors: Their behaviors.
         test_masks: Test coalitions.
@@ -287,7 +289,10 @@ def plan_evaluations(
     """All evaluations of a study: end points first, then fit coalitions, then test coalitions seed by seed.
 
     Fit and test coalitions are distinct, and no coalition is both: a draw that was seen before is passed
-    over, so seed j names the same coalition in every study of as many contributors.
+    over, so seed j, or row j of a design, names the same coalition in every study of as many contributors.
+
+    Raises:
+        FitError: There are fewer such coalitions than asked for.
     """
 
     def spec(method: str, role: str, mask: Any, opt_seed: int, **draw: Any) -> EvaluationSpec:
@@ -318,23 +323,21 @@ def plan_evaluations(
         seen=set(),
     )
     fit = _distinct_draws(
-        config.fit.removal_dist,
+        config.fit.drawn_from,
         n_contributors,
         config.fit.n_coalitions,
         config.fit.first_removal_seed,
         config.fit.datamodel_alpha,
-        seen={mask.tobytes() for _, _, mask in test},
-        paired=config.fit.paired and config.fit.removal_dist == "shapley",
+        seen={mask.tobytes() for _, mask in test},
     )
-    for removal_dist, removal_seed, mask in fit:
-        alpha = config.fit.datamodel_alpha if removal_dist == "datamodel" else None
+    for removal_seed, mask in fit:
         yield spec(
             "gd",
             "fit",
             mask,
             config.opt_seed,
-            removal_dist=removal_dist,
-            datamodel_alpha=alpha,
+            removal_dist=config.fit.drawn_from,
+            datamodel_alpha=config.fit.datamodel_alpha if config.fit.drawn_from == "datamodel" else None,
             removal_seed=removal_seed,
         )
     if config.fit.leave_one_out:
@@ -342,7 +345,7 @@ def plan_evaluations(
             mask = ~mask_from_idx([contributor_idx], n_contributors)
             yield spec("gd", "loo", mask, config.opt_seed, removal_dist="loo", removal_seed=contributor_idx)
     for opt_seed in config.test.opt_seeds:
-        for _, removal_seed, mask in test:
+        for removal_seed, mask in test:
             yield spec(
                 "retrain",
                 "test",
@@ -355,34 +358,28 @@ def plan_evaluations(
 
 
 def _distinct_draws(
-    removal_dist: str,
-    n_contributors: int,
-    n_coalitions: int,
-    first_seed: int,
-    alpha: float,
-    *,
-    seen: set[bytes],
-    paired: bool = False,
-) -> list[tuple[str, int, Any]]:
-    """The first distinct coalitions of a removal distribution, with its name and their seeds.
+    removal_dist: str, n_contributors: int, n_coalitions: int, first_seed: int, alpha: float, *, seen: set[bytes]
+) -> list[tuple[int, CoalitionMask]]:
+    """The first distinct coalitions of a removal distribution or design, with their seeds.
 
-    Paired, every draw is followed by its complement, and both must be new.
+    Of complement pairs both must be new, or neither is taken.
     """
-    draws: list[tuple[str, int, Any]] = []
+    together = 2 if removal_dist in PAIRED_DESIGNS else 1
+    n_tries = first_seed + 1000 + 100 * n_coalitions
+    rows = coalitions_from(removal_dist, n_contributors, first_seed - first_seed % together, datamodel_alpha=alpha)
     seen = set(seen)
-    removal_seed = first_seed
-    names = (removal_dist, f"{removal_dist}_complement") if paired else (removal_dist,)
+    draws: list[tuple[int, CoalitionMask]] = []
     while len(draws) < n_coalitions:
-        masks = [draw_coalition(name, n_contributors, removal_seed, datamodel_alpha=alpha) for name in names]
-        if not any(mask.tobytes() in seen for mask in masks):
-            seen |= {mask.tobytes() for mask in masks}
-            draws += [(name, removal_seed, mask) for name, mask in zip(names, masks, strict=True)]
-        removal_seed += 1
-        if removal_seed - first_seed > 1000 + 100 * n_coalitions:
+        group = list(islice(rows, together))
+        if not group or group[0][0] > n_tries:
             raise FitError(
                 f"{removal_dist}: expected {n_coalitions} distinct coalitions of {n_contributors} contributors, "
                 f"found only {len(draws)} that are not test coalitions; ask for fewer"
             )
+        keys = {mask.tobytes() for _, mask in group}
+        if not keys & seen:
+            seen |= keys
+            draws += group
     return draws[:n_coalitions]
 
 
@@ -472,11 +469,16 @@ def summarise_behavior(
             f"coalitions; found {len(empty)}, {len(grand)} and {len(fit)}. Run the study again"
         )
     end_points = EndPoints(empty.behaviors, grand.behaviors)
-    test_masks, test_behaviors = None, None
+    design = config.fit.design if config.fit.removal_dist == "shapley" else config.fit.removal_dist
+    test_masks, test_behaviors, test_set = None, None, None
     fit_masks, fit_behaviors = fit.masks, fit.behaviors
     if len(test):
         test_masks, test_behaviors = split_by_seed(test.masks, test.behaviors, test.opt_seeds)
-        fit_masks, fit_behaviors, _ = without_tested(fit_masks, fit_behaviors, test_masks)
+        fit_masks, fit_behaviors, _ = without_tested(
+            fit_masks, fit_behaviors, test_masks, paired=design in PAIRED_DESIGNS
+        )
+        if len(test_masks) >= MIN_TEST_COALITIONS:
+            test_set = LDSTestSet.prepare(test_masks, test_behaviors)
     attributions: dict[str, Attributions] = {}
     unfitted: dict[str, str] = {}
     validations: dict[str, Validation] = {}
@@ -486,24 +488,28 @@ def summarise_behavior(
         if name == "shapley (least_squares)" and config.estimator == "least_squares":
             continue
         kernel = name.split(" ")[0]
-        masks, behaviors = (loo.masks, loo.behaviors) if kernel == "loo" else (fit_masks, fit_behaviors)
         if kernel == "loo" and not len(loo):
             continue
+        masks, behaviors, drawn_from = fit_masks, fit_behaviors, design
+        if kernel == "loo":
+            masks, behaviors, drawn_from = loo.masks, loo.behaviors, "loo"
         try:
             attributions[name] = fit_attributions(
                 masks,
                 behaviors,
                 end_points,
                 kernel=kernel,
+                design=drawn_from,
+                estimator=estimator,
                 contributor_names=contributor_names,
-                **({} if estimator is None else {"estimator": estimator}),
             )
         except FitError as error:
             unfitted[name] = str(error)
             continue
-        if test_masks is not None and test_behaviors is not None and len(test_masks) >= 3:
+        if test_set is not None:
+            reference = None if name == "shapley" else attributions.get("shapley")
             try:
-                validations[name] = validate(attributions[name], test_masks, test_behaviors)
+                validations[name] = validate(attributions[name], test_set, reference=reference)
             except FitError as error:  # e.g. a leave-one-out coalition is a test coalition, too
                 unfitted[f"LDS of {name}"] = str(error)
     if "shapley" not in attributions:

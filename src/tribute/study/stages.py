@@ -17,7 +17,7 @@ from tribute.diffusion.sample import from_uint8
 from tribute.diffusion.train import CheckpointPolicy, Progress
 from tribute.errors import CheckpointError, FitError, MixedResultsError
 from tribute.games.kernels import ATTRIBUTION_KERNELS
-from tribute.games.lds import LDSCeiling, LDSResult, disjoint_from, lds, lds_ceiling
+from tribute.games.lds import LDSCeiling, LDSComparison, LDSResult, LDSTestSet, disjoint_from, lds_ceiling
 from tribute.models.build import build_unet
 from tribute.models.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
 from tribute.models.pruning import PruningResult, prune_unet
@@ -267,25 +267,31 @@ class Validation:
     Attributes:
         score: LDS per training seed and pooled.
         ceiling: Agreement of independently seeded retrainings; None with one training seed.
+        comparison: LDS less that of the reference, on the same draws; None without a reference.
     """
 
     score: LDSResult
     ceiling: LDSCeiling | None
+    comparison: LDSComparison | None = None
 
 
-def validate(
-    attributions: Attributions, test_masks: CoalitionMasks, test_behaviors: npt.NDArray[np.float64]
-) -> Validation:
-    """LDS and its ceiling.
+def validate(attributions: Attributions, test_set: LDSTestSet, *, reference: Attributions | None = None) -> Validation:
+    """LDS, its ceiling, and how it compares.
 
     Args:
         attributions: Fitted to other coalitions.
-        test_masks: `(n_test, n_contributors)`.
-        test_behaviors: `(n_training_seeds, n_test)`.
+        test_set: Retrained test coalitions.
+        reference: Other attributions to compare with.
+
+    Raises:
+        FitError: A test coalition was fitted to.
     """
-    score = lds(attributions, test_masks, test_behaviors)
-    ceiling = lds_ceiling(test_behaviors) if len(test_behaviors) > 1 else None
-    return Validation(score, ceiling)
+    behaviors = test_set.behaviors
+    return Validation(
+        score=test_set.score(attributions),
+        ceiling=lds_ceiling(behaviors) if len(behaviors) > 1 else None,
+        comparison=None if reference is None else test_set.compare(attributions, reference),
+    )
 
 
 def split_by_seed(
@@ -317,7 +323,21 @@ def split_by_seed(
     return masks[kept], np.array(columns).T
 
 
-def without_tested(masks: CoalitionMasks, behaviors: Behaviors, test_masks: CoalitionMasks) -> tuple[Any, Any, int]:
-    """Leave out the fit coalitions that are test coalitions, too; returns masks, behaviors and how many."""
+def without_tested(
+    masks: CoalitionMasks, behaviors: Behaviors, test_masks: CoalitionMasks, *, paired: bool = False
+) -> tuple[CoalitionMasks, Behaviors, int]:
+    """Leave out the fit coalitions that are test coalitions, too.
+
+    Args:
+        masks: `(n_fit, n_contributors)`.
+        behaviors: `(n_fit,)`.
+        test_masks: `(n_test, n_contributors)`.
+        paired: The fit coalitions are complement pairs: the other half of a pair goes with the tested one.
+
+    Returns:
+        Masks and behaviors that are left, and how many are not.
+    """
     keep = disjoint_from(masks, test_masks)
+    if paired:
+        keep &= disjoint_from(~masks, test_masks)
     return masks[keep], behaviors[keep], int((~keep).sum())
