@@ -210,13 +210,24 @@ class FitCoalitionsConfig(Config):
     design: Literal["orthogonal", "paired", "stratified", "kernel", "permutation"] = Field(
         default="orthogonal", description="shapley: which coalitions, and in what order (`games.designs`)."
     )
+    until_interval: float | None = Field(
+        default=None,
+        gt=0,
+        description="Stop when the 95 % interval of everybody, for every behavior, is at most this share of "
+        "|v(grand) - v(empty)| to either side; n_coalitions is then the most. None: measure them all.",
+    )
     leave_one_out: bool = Field(default=False, description="Also measure the leave-one-out coalitions.")
     n_end_points: int = Field(default=2, gt=0, description="Measurements of v(empty) and of v(grand).")
 
     @property
+    def design_name(self) -> str:
+        """How coalitions are chosen, as the estimators know it: a design, or another removal distribution."""
+        return self.design if self.removal_dist == "shapley" else self.removal_dist
+
+    @property
     def drawn_from(self) -> str:
-        """The removal distribution that evaluations record: a design's own name, `shapley` for `kernel`."""
-        return self.design if self.removal_dist == "shapley" and self.design != "kernel" else self.removal_dist
+        """The removal distribution that evaluations record: `design_name`, but `shapley` for `kernel`."""
+        return "shapley" if self.design_name == "kernel" else self.design_name
 
 
 class TestCoalitionsConfig(Config):

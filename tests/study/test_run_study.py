@@ -92,6 +92,25 @@ def test_other_settings_under_the_same_name_are_refused_and_more_coalitions_are_
     assert more.n_evaluations == 3
 
 
+def test_a_study_stops_when_its_intervals_are_narrow(make_study: MakeStudy) -> None:
+    """Looks are at 30, 34, 38, ... of ten contributors' coalitions; two in a row must be narrow."""
+    fit = {"n_coalitions": 44, "n_end_points": 1, "until_interval": 1e6}
+    config = make_study(fit=fit, test={"n_coalitions": 0})
+    listener = SilentListener()
+    result = run_study(config, listener)
+    assert result.behaviors[0].attributions["shapley"].n_coalitions == 34
+    assert listener.n_evaluations == 36
+    assert any("10 coalitions are not needed" in text for text in listener.messages)
+    again = SilentListener()
+    run_study(config, again)
+    assert again.n_evaluations == 0
+    to_the_end = SilentListener()
+    result = run_study(make_study(fit=fit | {"until_interval": 1e-9}, test={"n_coalitions": 0}), to_the_end)
+    assert result.behaviors[0].attributions["shapley"].n_coalitions == 44
+    assert to_the_end.n_evaluations == 10
+    assert any("not narrow enough with all 44" in text for text in to_the_end.messages)
+
+
 def test_a_mistyped_setting_does_not_lock_the_name_of_the_study(make_study: MakeStudy) -> None:
     with pytest.raises(ConfigError, match="brightnes"):
         run_study(make_study(behaviors=["brightnes"]), SilentListener())
@@ -116,7 +135,7 @@ def test_a_behavior_that_is_not_a_number_fails_the_evaluation_not_the_store(make
 
 def test_fewer_coalitions_than_contributors_is_an_error_that_says_how_many(make_study: MakeStudy) -> None:
     few = {"fit": {"n_coalitions": 3, "n_end_points": 1}, "test": {"n_coalitions": 0}}
-    with pytest.raises(FitError, match="brightness.*Measure at least"):
+    with pytest.raises(FitError, match=r"brightness.*Measure at least"):
         run_study(make_study(estimator="size_adjusted", **few), SilentListener())
     fitted = run_study(make_study(**few), SilentListener()).behaviors[0].attributions["shapley"]
     assert fitted.estimator == "gp"  # which shrinks to equal credit, and says so

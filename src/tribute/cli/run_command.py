@@ -24,6 +24,12 @@ class RunArguments(Arguments):
     study: Annotated[Path, tyro.conf.Positional] = Field(description="The study's settings, a YAML file.")
     outdir: Path | None = Field(default=None, description="Folder of run folders; None: the study's.")
     n_threads: int | None = Field(default=None, gt=0, description="CPU threads; None: the study's.")
+    until_interval: float | None = Field(
+        default=None,
+        gt=0,
+        description="Stop measuring when every 95 % interval is at most this share of |v(grand) - v(empty)| to either "
+        "side, e.g. 0.02; None: the study's fit.until_interval.",
+    )
     dry_run: bool = Field(default=False, description="Print the resolved settings and stop.")
 
 
@@ -33,6 +39,8 @@ def run(argv: Sequence[str], prog: str) -> None:
     config = StudyConfig.from_yaml(arguments.study)
     changes = {name: getattr(arguments, name) for name in ("outdir", "n_threads")}
     config = config.replace(**{name: value for name, value in changes.items() if value is not None})
+    if arguments.until_interval is not None:
+        config = config.replace(fit=config.fit.replace(until_interval=arguments.until_interval))
     if arguments.dry_run:
         print_settings({"study": config, "preset": config.load_preset()})
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from tribute.files import write_whole
 from tribute.games.coalitions import empty_coalition, grand_coalition, mask_from_idx
 from tribute.games.designs import PAIRED_DESIGNS, coalitions_from
 from tribute.games.lds import MIN_TEST_COALITIONS, LDSTestSet
+from tribute.games.stopping import looks, narrow_enough, share_half_width
 from tribute.models.checkpoint import Checkpoint
 from tribute.store.records import ClaimedEvaluation, EvaluationSpec, EvaluationTable, Store
 from tribute.study.executors import SerialExecutor
@@ -46,6 +47,7 @@ _MAY_CHANGE = {
     "n_threads",
     "estimator",
     "fit.n_coalitions",
+    "fit.until_interval",
     "fit.leave_one_out",
     "fit.n_end_points",
 } | {
@@ -167,8 +169,22 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult:
             fingerprint=data.fingerprint,
             config=config.model_dump(mode="json"),
         )
-        evaluation_ids = store.add(study_id, specs)
-        _evaluate(config, worker, store, study_id, evaluation_ids, value_functions, listener)
+        listener.stage("Coalitions")
+
+        def measure(specs: list[EvaluationSpec]) -> list[int]:
+            evaluation_ids = store.add(study_id, specs)
+            _evaluate(worker, store, study_id, evaluation_ids, value_functions, listener)
+            return evaluation_ids
+
+        if config.fit.until_interval is not None:
+
+            def credit(evaluation_ids: list[int], behavior_name: str) -> Attributions:
+                found = read_fit_evaluations(store, study_id, evaluation_ids, behavior_name)
+                return found.fit(config.fit.design_name, config.estimator, table.names)
+
+            names = tuple(worker.behavior_definitions())
+            specs = measure_until_narrow(config.fit.until_interval, specs, names, measure, credit, listener)
+        evaluation_ids = measure(specs)
         listener.stage("Attributions and LDS")
         results = [
             summarise_behavior(config, store, study_id, evaluation_ids, name, table.names)
@@ -383,8 +399,51 @@ def _distinct_draws(
     return draws[:n_coalitions]
 
 
+def measure_until_narrow(
+    half_width: float,
+    specs: list[EvaluationSpec],
+    behavior_names: tuple[str, ...],
+    measure: Callable[[list[EvaluationSpec]], list[int]],
+    credit: Callable[[list[int], str], Attributions],
+    listener: Listener,
+) -> list[EvaluationSpec]:
+    """Measure fit coalitions until the intervals of every behavior are narrow (`games.stopping`).
+
+    Looks depend on what is in the store alone, so a study that is run again stops where it stopped.
+
+    Args:
+        half_width: Of the widest interval, as a share of |v(grand) - v(empty)|.
+        specs: The plan, fit coalitions in order.
+        behavior_names: All must be narrow.
+        measure: Measures evaluations and returns their numbers.
+        credit: Shapley values of a behavior from evaluations.
+        listener: Is told of every look.
+
+    Returns:
+        The plan without the fit coalitions that were not needed.
+    """
+    ends = [spec for spec in specs if spec.role in ("empty", "grand")]
+    fit = [spec for spec in specs if spec.role == "fit"]
+    others = [spec for spec in specs if spec.role not in ("empty", "grand", "fit")]
+    history: dict[str, list[Attributions]] = {name: [] for name in behavior_names}
+    n_contributors = len(fit[0].coalition_mask)
+    for n_coalitions in looks(n_contributors, len(fit)):
+        evaluation_ids = measure(ends + fit[:n_coalitions])
+        for name, found in history.items():
+            found.append(credit(evaluation_ids, name))
+        widths = {name: share_half_width(found[-1]) for name, found in history.items()}
+        widest = ", ".join(f"{name} +- {width:.1%}" for name, width in widths.items())
+        listener.message(f"{n_coalitions} coalitions: widest 95 % interval {widest}; asked for +- {half_width:.1%}")
+        if all(narrow_enough(found, half_width) for found in history.values()):
+            listener.message(
+                f"narrow enough at two looks in a row: {len(fit) - n_coalitions} coalitions are not needed"
+            )
+            return ends + fit[:n_coalitions] + others
+    listener.message(f"not narrow enough with all {len(fit)} coalitions of fit.n_coalitions; more would narrow them")
+    return specs
+
+
 def _evaluate(
-    config: StudyConfig,
     worker: Worker,
     store: Store,
     study_id: int,
@@ -396,7 +455,6 @@ def _evaluate(
     store.retry(study_id, evaluation_ids=evaluation_ids)
     n_total = len(evaluation_ids)
     n_before = store.counts(study_id, evaluation_ids=evaluation_ids)["finished"]
-    listener.stage("Coalitions")
     if n_before:
         listener.message(f"{n_before} of {n_total} evaluations are done already")
     remaining = {
@@ -449,6 +507,48 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+@dataclass(frozen=True)
+class FitEvaluations:
+    """What Shapley values of a behavior are fitted to.
+
+    Attributes:
+        table: The fit coalitions.
+        end_points: v(empty) and v(grand).
+    """
+
+    table: EvaluationTable
+    end_points: EndPoints
+
+    def fit(self, design: str, estimator: str, contributor_names: tuple[str, ...]) -> Attributions:
+        """Shapley values of all fit coalitions."""
+        return fit_attributions(
+            self.table.masks,
+            self.table.behaviors,
+            self.end_points,
+            design=design,
+            estimator=estimator,
+            contributor_names=contributor_names,
+        )
+
+
+def read_fit_evaluations(store: Store, study_id: int, evaluation_ids: list[int], behavior_name: str) -> FitEvaluations:
+    """The finished fit coalitions and end points among some evaluations.
+
+    Raises:
+        FitError: Some of them are missing.
+    """
+    empty, grand, fit = (
+        store.read(behavior_name=behavior_name, study_id=study_id, role=role, evaluation_ids=evaluation_ids)
+        for role in ("empty", "grand", "fit")
+    )
+    if not (len(empty) and len(grand) and len(fit)):
+        raise FitError(
+            f"{behavior_name}: expected finished evaluations of the empty coalition, the grand coalition and fit "
+            f"coalitions; found {len(empty)}, {len(grand)} and {len(fit)}. Run the study again"
+        )
+    return FitEvaluations(fit, EndPoints(empty.behaviors, grand.behaviors))
+
+
 def summarise_behavior(
     config: StudyConfig,
     store: Store,
@@ -458,18 +558,12 @@ def summarise_behavior(
     contributor_names: tuple[str, ...],
 ) -> BehaviorResult:
     """Attributions by every kernel and their LDS, from the store."""
-
-    def read(role: str) -> EvaluationTable:
-        return store.read(behavior_name=behavior_name, study_id=study_id, role=role, evaluation_ids=evaluation_ids)
-
-    empty, grand, fit, loo, test = (read(role) for role in ("empty", "grand", "fit", "loo", "test"))
-    if not (len(empty) and len(grand) and len(fit)):
-        raise FitError(
-            f"{behavior_name}: expected finished evaluations of the empty coalition, the grand coalition and fit "
-            f"coalitions; found {len(empty)}, {len(grand)} and {len(fit)}. Run the study again"
-        )
-    end_points = EndPoints(empty.behaviors, grand.behaviors)
-    design = config.fit.design if config.fit.removal_dist == "shapley" else config.fit.removal_dist
+    measured = read_fit_evaluations(store, study_id, evaluation_ids, behavior_name)
+    fit, end_points, design = measured.table, measured.end_points, config.fit.design_name
+    loo, test = (
+        store.read(behavior_name=behavior_name, study_id=study_id, role=role, evaluation_ids=evaluation_ids)
+        for role in ("loo", "test")
+    )
     test_masks, test_behaviors, test_set = None, None, None
     fit_masks, fit_behaviors = fit.masks, fit.behaviors
     if len(test):
