@@ -49,7 +49,10 @@ def test_a_difference_is_exact():
         assert found.standard_error == pytest.approx(np.sqrt(variance))
         np.testing.assert_allclose(found.interval, found.value + np.array([-1, 1]) * 1.959964 * np.sqrt(variance))
         np.testing.assert_allclose(back.interval, -found.interval[::-1])
-        assert found.separated == (abs(found.value) > 1.959964 * found.standard_error)
+        assert found.separated == back.separated == (abs(found.value) > 1.959964 * found.standard_error)
+    sharp = attributions(VALUES, 1e-6 * np.eye(6))
+    assert difference(sharp, 0, 1).separated
+    assert difference(sharp, 1, 0).separated
     narrower = difference(GENERAL, 0, 1, level=0.5)
     assert np.ptp(narrower.interval) == pytest.approx(2 * norm.ppf(0.75) * narrower.standard_error)
     same = difference(GENERAL, 3, 3)
@@ -178,6 +181,23 @@ def test_equal_contributors_hold_all_the_ranks_that_they_share():
         assert ranks[0, 1] - ranks[0, 0] >= 2
 
 
+def test_rounding_separates_nobody():
+    """Two that always move together, among others of all scales; sums in another order."""
+    for seed in range(20):
+        factor = np.random.default_rng(seed).normal(size=(7, 3)) * np.geomspace(1e-3, 1e3, 7)[:, None]
+        factor[4] = factor[1]
+        values = np.arange(7.0)
+        values[[1, 4]] = 0.3, 0.1 + 0.2
+        item = attributions(values, factor @ factor.T)
+        assert difference(item, 1, 4).standard_error == 0.0
+        ranks = rank_intervals(item, n_draws=500)
+        np.testing.assert_array_equal(ranks[1], ranks[4])
+        found = separation(item)
+        assert found is None or {found.better, found.worse} != {1, 4}
+    certain = attributions([0.1 + 0.2, 0.3, 5.0], np.zeros((3, 3)))
+    assert rank_intervals(certain).tolist() == [[2, 3], [2, 3], [1, 1]]
+
+
 def test_a_simulation_is_named_by_its_seed():
     draw = partial(simultaneous_intervals, GENERAL, n_draws=100)
     np.testing.assert_array_equal(draw(seed=1), draw(seed=1))
@@ -265,6 +285,9 @@ def test_there_must_be_so_many_coalitions(n_more: int, reachable: bool):
     assert found is not None
     assert found.n_more == (n_more if reachable else None)
     assert ("more than the 30 coalitions that there are" in found.sentence(NAMES, paired=False)) != reachable
+    repeated = separation(attributions([gap, 0.0, 20.0, 40.0, 60.0], np.eye(5), 2600))
+    assert repeated is not None
+    assert repeated.n_more is not None  # more than there are: repeats are being measured
 
 
 def test_nothing_is_to_be_measured_for_what_is_known_to_be_equal():

@@ -43,7 +43,7 @@ _potrf, _potrs, _potri, _trtri = get_lapack_funcs(("potrf", "potrs", "potri", "t
 MAX_ROWS = 4000
 """Most rows that are fitted: coalitions, or pairs of them. A covariance matrix of them takes 128 MB."""
 
-MAX_TUNING_ROWS = 800
+MAX_TUNING_ROWS = 300
 """Most rows from which hyper-parameters are learned: a dozen numbers need no more."""
 
 N_DRAWS = 33
@@ -417,7 +417,7 @@ def _log_posterior(problem: _Problem, theta: Array, *, with_gradient: bool) -> t
     if not with_gradient:
         return float(density), np.zeros(len(theta))
     inverse = _potri(factor, lower=True)[0]
-    inverse = np.tril(inverse) + np.tril(inverse, -1).T
+    inverse += np.tril(inverse, -1).T
     outer = np.outer(weights, weights) - inverse
     return float(density), covariance.gradient(outer) - apart / spread
 
@@ -432,19 +432,12 @@ def _hyper_parameters(problem: _Problem) -> tuple[Array, Array]:
         return (-density, -gradient) if np.isfinite(density) else (1e10, np.zeros(len(theta)))
 
     bounds = [(m - 6.0 * s, m + 6.0 * s) for m, s in zip(centre, spread, strict=True)]
-    noisier = centre.copy()
-    noisier[names.index("noise")] += 3.0
-    fits = [minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds) for start in (centre, noisier)]
-    mode = min(fits, key=lambda fit: fit.fun).x
+    found = minimize(loss, centre, jac=True, method="L-BFGS-B", bounds=bounds)
+    mode, gradient = found.x, loss(found.x)[1]
 
     # Curvature at the mode, by differences of the gradient; the prior's at least in directions that data leave open.
     step = 1e-3
-    curvature = np.empty((len(mode), len(mode)))
-    for i in range(len(mode)):
-        ahead, behind = mode.copy(), mode.copy()
-        ahead[i] += step
-        behind[i] -= step
-        curvature[i] = (loss(ahead)[1] - loss(behind)[1]) / (2.0 * step)
+    curvature = np.array([(loss(ahead)[1] - gradient) / step for ahead in mode + step * np.eye(len(mode))])
     scaled = spread[:, None] * (curvature + curvature.T) / 2.0 * spread
     strength, axes = np.linalg.eigh(scaled)
     root = spread[:, None] * axes / np.sqrt(np.maximum(strength, 0.5))
