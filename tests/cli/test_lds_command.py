@@ -257,10 +257,14 @@ def test_auto_says_what_it_chose_and_what_to_measure(capsys: pytest.CaptureFixtu
 
 
 def test_several_alphas_give_a_table_each_on_the_same_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    record([*END_POINTS, *drawn("paired", 40), *retrained(0.25), *retrained(0.5), *retrained(0.75)])
+    record([*END_POINTS, *drawn("paired", 40), *retrained(0.25, n=40), *retrained(0.5), *retrained(0.75)])
     flags = SCORED + " --estimator size_adjusted --datamodel_alpha"
     text = printed(flags + " 0.25 0.75", capsys)
     tables = [cells(text, f"fit coalitions, alpha {alpha}") for alpha in ("0.25", "0.75")]
+    tested = {e.spec.coalition_mask.tobytes() for alpha, n in ((0.25, 40), (0.75, 12)) for e in retrained(alpha, n)}
+    n_left = sum(tested.isdisjoint({m.tobytes(), (~m).tobytes()}) for m in fit_of().masks)
+    assert n_left < 40
+    assert max(map(int, tables[0])) == n_left
     assert tables[0].keys() == tables[1].keys()
     assert tables[0] != tables[1]
     alone = printed(flags + " 0.5", capsys)
@@ -289,6 +293,13 @@ def test_an_estimator_that_cannot_be_fitted_says_why_beside_the_others(capsys: p
     assert "permutation" not in cells(text, "less that of size_adjusted")
     message = failing(SCORED + " --estimator permutation size_adjusted", capsys)
     assert "permutation" in message
+
+
+def test_one_at_a_time_kernels_use_all_coalitions_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    record([*END_POINTS, *drawn("orthogonal", 30), *drawn("loo", N), *drawn("loo", N, opt_seed=43), *retrained(0.5)])
+    text = printed(SCORED.replace("_size 40", "_size 10") + " --estimator datamodel loo", capsys)
+    table = cells(text, "LDS x 100 of is against")
+    assert [size for size, row in table.items() if row[1] != "-"] == [str(2 * N)]
 
 
 def test_wrong_flags_are_named(capsys: pytest.CaptureFixture[str]) -> None:

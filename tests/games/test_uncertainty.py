@@ -184,16 +184,20 @@ def test_equal_contributors_hold_all_the_ranks_that_they_share():
 def test_rounding_separates_nobody():
     """Two that always move together, among others of all scales; sums in another order."""
     for seed in range(20):
-        factor = np.random.default_rng(seed).normal(size=(7, 3)) * np.geomspace(1e-3, 1e3, 7)[:, None]
+        stream = np.random.default_rng(seed)
+        factor = stream.normal(size=(7, 3)) * np.geomspace(1e-3, 1e3, 7)[:, None]
         factor[4] = factor[1]
+        covariance = factor @ factor.T * (1 + 1e-16 * stream.integers(-2, 3, size=(7, 7)))
         values = np.arange(7.0)
         values[[1, 4]] = 0.3, 0.1 + 0.2
-        item = attributions(values, factor @ factor.T)
+        item = attributions(values, covariance)
         assert difference(item, 1, 4).standard_error == 0.0
         ranks = rank_intervals(item, n_draws=500)
         np.testing.assert_array_equal(ranks[1], ranks[4])
         found = separation(item)
         assert found is None or {found.better, found.worse} != {1, 4}
+    together = np.ones((60, 60)) * (1 + 1e-16 * np.random.default_rng(0).integers(-2, 3, size=(60, 60)))
+    np.testing.assert_array_equal(rank_intervals(attributions(np.zeros(60), together)), np.tile([1, 60], (60, 1)))
     certain = attributions([0.1 + 0.2, 0.3, 5.0], np.zeros((3, 3)))
     assert rank_intervals(certain).tolist() == [[2, 3], [2, 3], [1, 1]]
 

@@ -154,6 +154,8 @@ def test_what_is_printed(result: StudyResult, capsys: pytest.CaptureFixture[str]
         assert "│ contributor │ examples │ attribution │ 95 % interval │ rank │ share │".replace("│", "┃") in text
         assert f"design orthogonal, estimator gp, {fitted.n_coalitions} coalitions, effective noise" in text
         assert fitted.explanation in text
+        better_first = np.argsort(-np.abs(fitted.values))
+        assert sorted(NAMES, key=lambda name: text.index(f"│ {name} │")) == [NAMES[i] for i in better_first]
         assert "more pairs of coalitions should separate" in text
         assert "LDS x 100 less that of shapley, on the same draws" in text
         assert "warning" not in text
@@ -198,7 +200,10 @@ def test_other_designs_and_estimators_are_named(tmp_path: Path) -> None:
     found = study(tmp_path, fit={"n_coalitions": 40, "design": "kernel"}, estimator="size_adjusted")
     shapley = found.behaviors[0].attributions["shapley"]
     assert (shapley.design, shapley.estimator, shapley.explanation) == ("kernel", "size_adjusted", "")
-    assert "pairs" not in " ".join(fit_notes(shapley, NAMES, higher_is_better=True))
+    close = replace(shapley, values=np.arange(6.0), covariance=0.2 * np.eye(6), n_coalitions=40)
+    assert "more coalitions should separate" in fit_notes(close, NAMES, higher_is_better=True)[-1]
+    paired = replace(close, design="stratified")
+    assert "more pairs of coalitions should separate" in fit_notes(paired, NAMES, higher_is_better=True)[-1]
     assert "lds.png" in {path.name for path in write_outputs(found)}
 
 

@@ -23,7 +23,7 @@ of Rasmussen and Williams (2006).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -114,8 +114,13 @@ def gaussian_process_contrasts(
         nothing = np.zeros(n_contributors)
         return ContrastEstimate(nothing, np.zeros((n_contributors, n_contributors)), 0.0, np.nan, n_contributors)
     tuning = problem.thinned(MAX_TUNING_ROWS)
-    draws, weights = _hyper_parameters(tuning)
+    draws, log_proposal = _hyper_parameters(tuning)
     fits = [_posterior(problem, theta) for theta in draws]
+    tuned = fits if tuning is problem else [_posterior(tuning, theta) for theta in draws]
+    # Square roots: the exact weights of so few draws would let one or two decide, and be overconfident.
+    log_weights = (np.array([fit.log_density for fit in tuned]) - log_proposal) / 2.0
+    weights = np.exp(log_weights - log_weights.max())
+    weights /= weights.sum()
     contrasts = np.array([fit.contrasts for fit in fits])
     mean = weights @ contrasts
     apart = contrasts - mean
@@ -174,6 +179,10 @@ class _Problem:
         return 4.0 / self.masks.shape[1] * (self.members @ self.members.T)
 
     @cached_property
+    def together_squared(self) -> Array:
+        return self.together**2
+
+    @cached_property
     def distances(self) -> npt.NDArray[np.intp]:
         """H, `(n_rows, n_rows)`."""
         presence = self.masks.astype(np.float64)
@@ -197,6 +206,11 @@ class _Problem:
     def by_size(self, matrix: Array) -> Array:
         """Sums of a matrix `(n_rows, n_rows)` over the blocks of equal sizes."""
         return np.add.reduceat(np.add.reduceat(matrix, self.size_starts, 0), self.size_starts, 1)
+
+    def from_sizes(self, blocks: Array) -> Array:
+        """The matrix `(n_rows, n_rows)` whose entries depend on the sizes alone."""
+        counts = np.diff(self.size_starts, append=len(self.sizes))
+        return np.repeat(np.repeat(blocks, counts, 0), counts, 1)
 
     def thinned(self, n_rows: int) -> _Problem:
         """The same problem with evenly chosen rows, of all sizes therefore."""
@@ -359,17 +373,17 @@ class _Covariance:
         self.misfit = halves * value["misfit"] * np.exp(-2.0 * value["steepness"] * roundness) * problem.missing
         self.roundness = roundness
 
-        blocks = np.ix_(numbers, numbers)
-        self.matrix = self.slopes[blocks]
+        self.matrix = problem.from_sizes(self.slopes)
         self.matrix *= problem.together
-        self.matrix += (value["size"] * self.profile)[blocks]
+        self.matrix += problem.from_sizes(value["size"] * self.profile)
         self.matrix += (value["remainder"] * self.fade)[problem.distances]
         if not problem.odd:
-            self.matrix += value["pairs"] * problem.together**2
+            self.matrix += value["pairs"] * problem.together_squared
         if problem.prior is not None:
             along = 2.0 * (problem.members @ problem.prior)
             self.matrix += value["prior"] * np.outer(along, along)
-        self.matrix[np.diag_indices_from(self.matrix)] += self.noise + self.misfit + TINY
+        jitter = TINY * (1.0 + self.matrix.diagonal().max())
+        self.matrix[np.diag_indices_from(self.matrix)] += self.noise + self.misfit + jitter
 
     def gradient(self, outer: Array) -> Array:
         """Half the sums of `outer` times the derivative of the matrix, for each hyper-parameter."""
@@ -396,43 +410,51 @@ class _Covariance:
             - 2.0 * (diagonal * self.misfit) @ self.roundness,
         }
         if not problem.odd:
-            found["pairs"] = value["pairs"] * (weighted * problem.together).sum()
+            found["pairs"] = value["pairs"] * (outer * problem.together_squared).sum()
         if problem.prior is not None:
             along = 2.0 * (problem.members @ problem.prior)
             found["prior"] = value["prior"] * (along @ outer @ along)
         return 0.5 * np.array([found[name] for name in self.at])
 
 
-def _log_posterior(problem: _Problem, theta: Array, *, with_gradient: bool) -> tuple[float, Array]:
+def _log_posterior(problem: _Problem, theta: Array) -> tuple[float, Array]:
     """Log posterior density of the hyper-parameters, up to a constant, and its gradient."""
-    names = _names(problem)
-    centre, spread = np.array([PRIORS[name] for name in names]).T
-    apart = (theta - centre) / spread
+    centre, spread = _prior(problem)
     covariance = _Covariance(problem, theta)
     factor, failed = _potrf(covariance.matrix, lower=True, clean=True)
     if failed:
         return -np.inf, np.zeros(len(theta))
     weights = _potrs(factor, problem.response, lower=True)[0]
-    density = -0.5 * problem.response @ weights - np.log(np.diag(factor)).sum() - 0.5 * apart @ apart
-    if not with_gradient:
-        return float(density), np.zeros(len(theta))
     inverse = _potri(factor, lower=True)[0]
     inverse += np.tril(inverse, -1).T
     outer = np.outer(weights, weights) - inverse
-    return float(density), covariance.gradient(outer) - apart / spread
+    gradient = covariance.gradient(outer) - (theta - centre) / spread**2
+    return _log_density(problem, theta, factor, weights), gradient
+
+
+def _log_density(problem: _Problem, theta: Array, factor: Array, weights: Array) -> float:
+    """Log posterior density from the Cholesky factor and the weights K^-1 y."""
+    centre, spread = _prior(problem)
+    fit = problem.response @ weights + (((theta - centre) / spread) ** 2).sum()
+    return float(-0.5 * fit - np.log(np.diag(factor)).sum())
+
+
+def _prior(problem: _Problem) -> tuple[Array, Array]:
+    """Means and standard deviations of the priors of a problem's hyper-parameters."""
+    centre, spread = np.array([PRIORS[name] for name in _names(problem)]).T
+    return centre, spread
 
 
 def _hyper_parameters(problem: _Problem) -> tuple[Array, Array]:
-    """Draws `(N_DRAWS, n)` from the posterior of the hyper-parameters, and their weights, which sum to 1."""
-    names = _names(problem)
-    centre, spread = np.array([PRIORS[name] for name in names]).T
+    """Draws `(N_DRAWS, n)` of the hyper-parameters about the mode of their posterior, and their log densities."""
+    centre, spread = _prior(problem)
 
     def loss(theta: Array) -> tuple[float, Array]:
-        density, gradient = _log_posterior(problem, theta, with_gradient=True)
+        density, gradient = _log_posterior(problem, theta)
         return (-density, -gradient) if np.isfinite(density) else (1e10, np.zeros(len(theta)))
 
     bounds = [(m - 6.0 * s, m + 6.0 * s) for m, s in zip(centre, spread, strict=True)]
-    found = minimize(loss, centre, jac=True, method="L-BFGS-B", bounds=bounds)
+    found = minimize(loss, centre, jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-8})
     mode, gradient = found.x, loss(found.x)[1]
 
     # Curvature at the mode, by differences of the gradient; the prior's at least in directions that data leave open.
@@ -442,14 +464,10 @@ def _hyper_parameters(problem: _Problem) -> tuple[Array, Array]:
     strength, axes = np.linalg.eigh(scaled)
     root = spread[:, None] * axes / np.sqrt(np.maximum(strength, 0.5))
     normal = _normal_draws(len(mode))
-    draws = mode + normal @ root.T
-    log_weights = np.array([_log_posterior(problem, theta, with_gradient=False)[0] for theta in draws])
-    log_weights += 0.5 * (normal**2).sum(axis=1)
-    # Square roots: the exact weights of so few draws would let one or two decide, and be overconfident.
-    weights = np.exp((log_weights - log_weights.max()) / 2.0)
-    return draws, weights / weights.sum()
+    return mode + normal @ root.T, -0.5 * (normal**2).sum(axis=1)
 
 
+@cache
 def _normal_draws(n_dimensions: int) -> Array:
     """The centre, and quasi-random standard normal draws in opposite pairs: `(N_DRAWS, n_dimensions)`."""
     half = ndtri(qmc.Halton(n_dimensions, scramble=False).random(N_DRAWS // 2 + 1)[1:])
@@ -463,6 +481,7 @@ class _Posterior:
     contrasts: Array
     covariance: Array
     noise_variance: float
+    log_density: float
 
 
 def _posterior(problem: _Problem, theta: Array) -> _Posterior:
@@ -475,6 +494,7 @@ def _posterior(problem: _Problem, theta: Array) -> _Posterior:
         contrasts=cross.T @ weights,
         covariance=before - reduced.T @ reduced,
         noise_variance=(2.0 if problem.odd else 1.0) * float(np.mean(covariance.noise + covariance.misfit)),
+        log_density=_log_density(problem, theta, factor, weights),
     )
 
 
@@ -495,6 +515,13 @@ def _factorised(problem: _Problem, theta: Array) -> tuple[_Covariance, Array]:
             "Use estimator='size_adjusted'."
         )
     return covariance, factor
+
+
+@cache
+def _memberships() -> tuple[Array, Array]:
+    """Nodes and weights of the Gauss-Legendre rule on (0, 1)."""
+    nodes, weights = np.polynomial.legendre.leggauss(48)
+    return (nodes + 1.0) / 2.0, weights / 2.0
 
 
 def _functional(problem: _Problem, value: dict[str, float]) -> tuple[Array, Array]:
@@ -524,8 +551,7 @@ def _functional(problem: _Problem, value: dict[str, float]) -> tuple[Array, Arra
     )
 
     keep = np.exp(-value["decay"] / n)
-    nodes, node_weights = np.polynomial.legendre.leggauss(48)
-    q, node_weights = (nodes + 1.0) / 2.0, node_weights / 2.0
+    q, node_weights = _memberships()
     present, absent = np.log(q + (1.0 - q) * keep), np.log(q * keep + 1.0 - q)
     k = problem.measured_sizes[:, None]
     average = np.exp((k - 1) * present + (n - k) * absent) + np.exp(k * present + (n - k - 1) * absent)
