@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -216,7 +218,7 @@ def test_estimators_stand_side_by_side_at_every_size(capsys: pytest.CaptureFixtu
     masks, behaviors = evaluations.masks[keep], evaluations.behaviors[keep]
     assert (keep.sum(), len(keep)) == (40, 41)
     assert text.count("1 fit coalitions are test coalitions, and were left out of the fit") == 1
-    end = [np.mean([e.behaviors["inception_score"] for e in END_POINTS[i : i + 2]]) for i in (0, 2)]
+    end = [float(np.mean([e.behaviors["inception_score"] for e in END_POINTS[i : i + 2]])) for i in (0, 2)]
     score = lds(fit_datamodel(masks[:20], behaviors[:20]), test_masks, test_behaviors)
     low, high = 100 * score.interval
     assert table["20"][1] == f"{100 * score.mean:.1f} ({low:.0f} to {high:.0f})"
@@ -311,3 +313,9 @@ def test_wrong_flags_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--estimator" in failing(FLAGS + " --estimator best", capsys)
     record(drawn("loo", N, definition=DEFINITION | {"variant": "other"}))
     assert "another definition" in failing(FLAGS + " --estimator auto loo", capsys)
+
+
+def test_the_command_does_not_wait_for_pytorch() -> None:
+    """Attributions need no network: a second of imports less for every call."""
+    code = "import sys, tribute.cli.lds_command; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -124,12 +124,12 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     for seed, error in enumerate(errors):
         item = attributions(truth + error, covariance)
         low, high = simultaneous_intervals(item, n_draws=500, seed=seed).T
-        held["values"] += ((low <= truth) & (truth <= high)).all()
+        held["values"] += bool(((low <= truth) & (truth <= high)).all())
         bounds = differences(item, simultaneous=True, n_draws=500, seed=seed)[1]
         gaps = truth[:, None] - truth
-        held["differences"] += ((bounds[..., 0] <= gaps + 1e-9) & (gaps - 1e-9 <= bounds[..., 1])).all()
+        held["differences"] += bool(((bounds[..., 0] <= gaps + 1e-9) & (gaps - 1e-9 <= bounds[..., 1])).all())
         first, last = rank_intervals(item, simultaneous=True, n_draws=500, seed=seed).T
-        held["ranks"] += ((first <= true_first) & (true_last <= last)).all()
+        held["ranks"] += bool(((first <= true_first) & (true_last <= last)).all())
     shares = {name: count / 400 for name, count in held.items()}
     assert 0.92 <= shares["values"] <= 0.98, shares
     assert 0.92 <= shares["differences"] <= 0.98, shares

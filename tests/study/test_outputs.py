@@ -30,7 +30,7 @@ BEHAVIORS = {"rise": 1.0, "fall": -1.0}
 
 
 def behaviors_of(mask: np.ndarray, stream: np.random.Generator) -> dict[str, float]:
-    v = 10 * (1 - np.exp(-(mask @ WORTH) / 8)) + stream.normal(scale=0.25)
+    v = float(10 * (1 - np.exp(-(mask @ WORTH) / 8)) + stream.normal(scale=0.25))
     return {name: sign * v for name, sign in BEHAVIORS.items()}
 
 

@@ -7,13 +7,15 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from tribute.diffusion.train import Progress
+if TYPE_CHECKING:  # it brings PyTorch, for which commands that only compute would wait
+    from tribute.diffusion.train import Progress
 
 console = Console(soft_wrap=False, highlight=False)
 

@@ -28,8 +28,8 @@ from tribute.games.removal import canonical_removal_dist
 from tribute.games.shapley import SHAPLEY_ESTIMATORS
 from tribute.store.interchange import PUBLISHED_BEHAVIOR_KEYS
 from tribute.store.records import Contributor, EvaluationTable, Store
+from tribute.study.attribution import EndPoints, fit_attributions, split_by_seed, without_tested
 from tribute.study.outputs import fit_notes, rank_texts
-from tribute.study.stages import EndPoints, fit_attributions, split_by_seed, without_tested
 from tribute.types import Attributions, Behaviors, CoalitionMasks
 from tribute.unlearning.base import check_method
 

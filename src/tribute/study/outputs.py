@@ -20,8 +20,8 @@ from tribute.games.uncertainty import rank_intervals, separation
 from tribute.types import Attributions, Images
 
 if TYPE_CHECKING:
+    from tribute.study.attribution import Validation
     from tribute.study.run import BehaviorResult, StudyResult
-    from tribute.study.stages import Validation
 
 MIN_LOO_R2 = 0.2
 """Below this leave-one-out R2 the fit says little about coalitions that it has not seen, and intervals rest on it."""

@@ -22,20 +22,18 @@ from tribute.games.lds import MIN_TEST_COALITIONS, LDSTestSet
 from tribute.games.stopping import looks, narrow_enough, share_half_width
 from tribute.models.checkpoint import Checkpoint
 from tribute.store.records import ClaimedEvaluation, EvaluationSpec, EvaluationTable, Store
-from tribute.study.executors import SerialExecutor
-from tribute.study.layout import models_dir, pruning_name
-from tribute.study.provenance import provenance
-from tribute.study.stages import (
+from tribute.study.attribution import (
     EndPoints,
-    Saving,
     Validation,
     fit_attributions,
-    prune_model,
     split_by_seed,
-    train_model,
     validate,
     without_tested,
 )
+from tribute.study.executors import SerialExecutor
+from tribute.study.layout import models_dir, pruning_name
+from tribute.study.provenance import provenance
+from tribute.study.stages import Saving, prune_model, train_model
 from tribute.study.value_function import Evaluation, ValueFunction
 from tribute.study.worker import Worker
 from tribute.types import Attributions, Behaviors, CoalitionMask, CoalitionMasks
