@@ -223,6 +223,19 @@ def test_a_constant_behavior_has_equal_credit(mode: str) -> None:
     assert np.isnan(found.loo_r2)
 
 
+def test_a_single_coalition_says_nothing() -> None:
+    found = gaussian_process_contrasts(np.array([[True, False, False]]), np.array([3.0]))
+    assert not found.contrasts.any()
+    assert np.isnan(found.covariance).all()
+
+
+def test_the_same_data_give_the_same_bits() -> None:
+    masks = draw_design("orthogonal", 9, 40)
+    first, second = (gaussian_process_contrasts(masks, saturation(masks)) for _ in range(2))
+    np.testing.assert_array_equal(first.contrasts, second.contrasts)
+    np.testing.assert_array_equal(first.covariance, second.covariance)
+
+
 def test_known_noise_counts() -> None:
     """Evaluations that are a thousand times noisier hardly count."""
     masks = draw_design("orthogonal", 6, 24)

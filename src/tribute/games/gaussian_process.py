@@ -43,7 +43,7 @@ _potrf, _potrs, _potri, _trtri = get_lapack_funcs(("potrf", "potrs", "potri", "t
 MAX_ROWS = 4000
 """Most rows that are fitted: coalitions, or pairs of them. A covariance matrix of them takes 128 MB."""
 
-MAX_TUNING_ROWS = 300
+MAX_TUNING_ROWS = 256
 """Most rows from which hyper-parameters are learned: a dozen numbers need no more."""
 
 N_DRAWS = 33
@@ -104,21 +104,26 @@ def gaussian_process_contrasts(
         FitError: `odd` without complete pairs, or more than `MAX_ROWS` rows.
     """
     problem = _pose(masks, behaviors, relative_variances, prior, mode)
-    n_contributors = masks.shape[1]
+    n_coalitions, n_contributors = masks.shape
     if len(problem.response) > MAX_ROWS:
         raise FitError(
             f"Expected at most {MAX_ROWS} coalitions or pairs for the Gaussian process, found {len(problem.response)}. "
             "Use estimator='size_adjusted'."
         )
     if problem.scale == 0.0:
-        nothing = np.zeros(n_contributors)
-        return ContrastEstimate(nothing, np.zeros((n_contributors, n_contributors)), 0.0, np.nan, n_contributors)
+        # Equal behaviors say that credit is equal; a single coalition says nothing.
+        unknown = np.nan if n_coalitions == 1 else 0.0
+        covariance = np.full((n_contributors, n_contributors), unknown)
+        return ContrastEstimate(np.zeros(n_contributors), covariance, unknown, np.nan, _rank(problem))
     tuning = problem.thinned(MAX_TUNING_ROWS)
     draws, log_proposal = _hyper_parameters(tuning)
     fits = [_posterior(problem, theta) for theta in draws]
-    tuned = fits if tuning is problem else [_posterior(tuning, theta) for theta in draws]
+    if tuning is problem:
+        log_density = np.array([fit.log_density for fit in fits])
+    else:
+        log_density = np.array([_log_density(tuning, theta, *_solved(tuning, theta)[1:]) for theta in draws])
     # Square roots: the exact weights of so few draws would let one or two decide, and be overconfident.
-    log_weights = (np.array([fit.log_density for fit in tuned]) - log_proposal) / 2.0
+    log_weights = (log_density - log_proposal) / 2.0
     weights = np.exp(log_weights - log_weights.max())
     weights /= weights.sum()
     contrasts = np.array([fit.contrasts for fit in fits])
@@ -136,8 +141,13 @@ def gaussian_process_contrasts(
         covariance=problem.scale**2 * covariance,
         noise_sd=problem.scale * float(np.sqrt(noise_variance)),
         loo_r2=problem.explained(_leave_one_out(problem, draws[0])),
-        rank=min(n_contributors, 1 + int(np.linalg.matrix_rank(problem.members))),
+        rank=_rank(problem),
     )
+
+
+def _rank(problem: _Problem) -> int:
+    """Number of contrasts that the coalitions identify, and 1 for their sum."""
+    return 1 + int(np.linalg.matrix_rank(problem.members))
 
 
 @dataclass(frozen=True)
@@ -426,8 +436,10 @@ def _log_posterior(problem: _Problem, theta: Array) -> tuple[float, Array]:
         return -np.inf, np.zeros(len(theta))
     weights = _potrs(factor, problem.response, lower=True)[0]
     inverse = _potri(factor, lower=True)[0]
-    inverse += np.tril(inverse, -1).T
-    outer = np.outer(weights, weights) - inverse
+    # The lower triangle alone, the upper is zero: all that is summed against it is symmetric.
+    outer = np.outer(weights, weights)
+    outer -= 2.0 * inverse
+    outer[np.diag_indices_from(outer)] += inverse.diagonal()
     gradient = covariance.gradient(outer) - (theta - centre) / spread**2
     return _log_density(problem, theta, factor, weights), gradient
 
@@ -486,9 +498,8 @@ class _Posterior:
 
 def _posterior(problem: _Problem, theta: Array) -> _Posterior:
     """Posterior mean and covariance of the contrasts: a linear functional of the process."""
-    covariance, factor = _factorised(problem, theta)
+    covariance, factor, weights = _solved(problem, theta)
     cross, before = _functional(problem, covariance.value)
-    weights = _potrs(factor, problem.response, lower=True)[0]
     reduced = solve_triangular(factor, cross, lower=True, check_finite=False)
     return _Posterior(
         contrasts=cross.T @ weights,
@@ -500,13 +511,12 @@ def _posterior(problem: _Problem, theta: Array) -> _Posterior:
 
 def _leave_one_out(problem: _Problem, theta: Array) -> Array:
     """Residuals `(n_rows,)` of predictions from all other rows (Rasmussen and Williams 2006, section 5.4.2)."""
-    _, factor = _factorised(problem, theta)
-    weights = _potrs(factor, problem.response, lower=True)[0]
+    _, factor, weights = _solved(problem, theta)
     return weights / (_trtri(factor, lower=True)[0] ** 2).sum(axis=0)
 
 
-def _factorised(problem: _Problem, theta: Array) -> tuple[_Covariance, Array]:
-    """The covariance of the rows and its Cholesky factor."""
+def _solved(problem: _Problem, theta: Array) -> tuple[_Covariance, Array, Array]:
+    """The covariance K of the rows, its Cholesky factor, and the weights K^-1 y."""
     covariance = _Covariance(problem, theta)
     factor, failed = _potrf(covariance.matrix, lower=True, clean=True)
     if failed:
@@ -514,7 +524,7 @@ def _factorised(problem: _Problem, theta: Array) -> tuple[_Covariance, Array]:
             "Expected coalitions whose covariance is positive definite, found one that is not to rounding. "
             "Use estimator='size_adjusted'."
         )
-    return covariance, factor
+    return covariance, factor, _potrs(factor, problem.response, lower=True)[0]
 
 
 @cache
