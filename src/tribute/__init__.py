@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from tribute.games.designs import draw_design
     from tribute.games.exact import exact_shapley
     from tribute.games.kernels import fit_add_one_in, fit_banzhaf, fit_datamodel, fit_loo
-    from tribute.games.lds import lds, lds_ceiling
+    from tribute.games.lds import compare_lds, lds, lds_ceiling
     from tribute.games.removal import draw_coalition, draw_coalitions
     from tribute.games.shapley import fit_shapley
+    from tribute.games.uncertainty import difference, differences, rank_intervals, simultaneous_intervals
     from tribute.store.records import Store
     from tribute.study.run import run_study
     from tribute.study.value_function import ValueFunction
@@ -37,6 +38,9 @@ __all__ = [
     "TributeError",
     "ValueFunction",
     "Worker",
+    "compare_lds",
+    "difference",
+    "differences",
     "draw_coalition",
     "draw_coalitions",
     "draw_design",
@@ -52,8 +56,10 @@ __all__ = [
     "load_preset",
     "load_training_data",
     "measure_behaviors",
+    "rank_intervals",
     "register_behavior",
     "run_study",
+    "simultaneous_intervals",
 ]
 
 _HOMES = {
@@ -64,9 +70,10 @@ _HOMES = {
     "tribute.games.designs": ("draw_design",),
     "tribute.games.exact": ("exact_shapley",),
     "tribute.games.kernels": ("fit_add_one_in", "fit_banzhaf", "fit_datamodel", "fit_loo"),
-    "tribute.games.lds": ("lds", "lds_ceiling"),
+    "tribute.games.lds": ("compare_lds", "lds", "lds_ceiling"),
     "tribute.games.removal": ("draw_coalition", "draw_coalitions"),
     "tribute.games.shapley": ("fit_shapley",),
+    "tribute.games.uncertainty": ("difference", "differences", "rank_intervals", "simultaneous_intervals"),
     "tribute.store.records": ("Store",),
     "tribute.study.run": ("run_study",),
     "tribute.study.value_function": ("ValueFunction",),

@@ -61,7 +61,7 @@ PRIORS: dict[str, tuple[float, float]] = {
     "misfit": (np.log(0.003), 2.0),
     "steepness": (0.3, 0.5),
     "pairs": (np.log(0.05), 2.0),
-    "prior": (np.log(0.02), 2.0),
+    "prior": (np.log(0.01), 2.0),
 }
 """Mean and sd of the normal prior of each hyper-parameter, on the logarithm; `steepness` itself. For data of unit
 variance."""
