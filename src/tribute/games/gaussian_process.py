@@ -81,8 +81,9 @@ def gaussian_process_contrasts(
     """Estimate the contrasts of Shapley values by a Gaussian process over coalitions.
 
     Hyper-parameters have the priors of `PRIORS`. Their posterior is approximated at its mode by a normal distribution,
-    from which `N_DRAWS` quasi-random draws, weighted by the true posterior, are averaged: the covariance is that of the
-    mixture, so it holds the uncertainty of the hyper-parameters. Order and orientation of the rows do not matter.
+    from which `N_DRAWS` quasi-random draws are averaged, each with the square root of its posterior over its proposal
+    density as weight: the covariance is that of the mixture, so it holds the uncertainty of the hyper-parameters. Order
+    and orientation of the rows do not matter.
 
     Where all `2**n - 2` coalitions were measured nothing is modelled: the contrasts are those of the measured table,
     and the process only tells how noisy they are.
