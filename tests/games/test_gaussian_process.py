@@ -297,3 +297,32 @@ def test_too_many_rows_are_refused() -> None:
     masks = np.random.default_rng(0).random((gp.MAX_ROWS + 1, 64)) < 0.5
     with pytest.raises(FitError, match="size_adjusted"):
         gaussian_process_contrasts(masks, np.arange(float(len(masks))))
+
+
+@pytest.mark.parametrize("mode", ["odd", "full"])
+def test_the_effective_noise_is_that_of_one_evaluation(mode: str) -> None:
+    masks = draw_design("orthogonal", 8, 160)
+    rng = np.random.default_rng(5)
+    y = masks @ rng.normal(size=8) + 0.3 * rng.normal(size=len(masks))
+    assert gaussian_process_contrasts(masks, y, mode=mode).noise_sd == pytest.approx(0.3, rel=0.2)
+
+
+def test_the_estimate_is_the_mixture_over_hyper_parameters() -> None:
+    """Moments of draws from the mixture, whose weights are the roots of posterior over proposal density."""
+    masks = draw_design("orthogonal", 6, 14)
+    y = saturation(masks) + 0.05 * np.random.default_rng(0).normal(size=len(masks))
+    found = gaussian_process_contrasts(masks, y)
+    problem = gp._pose(masks, y, None, None, None)
+    draws, log_proposal = gp._hyper_parameters(problem)
+    ratio = np.array([gp._log_posterior(problem, theta)[0] for theta in draws]) - log_proposal
+    weights = np.exp((ratio - ratio.max()) / 2.0)
+    weights /= weights.sum()
+    assert weights.max() > 2.0 * weights.min()  # else this tells nothing of the weights
+    rng = np.random.default_rng(1)
+    sample = []
+    for theta, n in zip(draws, rng.multinomial(200_000, weights), strict=True):
+        part = gp._posterior(problem, theta)
+        sample.append(rng.multivariate_normal(part.contrasts, part.covariance, size=n, method="eigh"))
+    drawn = problem.scale * np.concatenate(sample)
+    np.testing.assert_allclose(drawn.mean(axis=0), found.contrasts, atol=5e-3 * np.abs(found.contrasts).max())
+    np.testing.assert_allclose(np.cov(drawn.T), found.covariance, atol=0.01 * found.covariance.max())
