@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
+from threadpoolctl import threadpool_limits
 
 from tribute.cli.arguments import Arguments, Design, RemovalDist, parse, print_settings
 from tribute.cli.console import console, interval_text, print_line, print_table
@@ -32,6 +33,9 @@ from tribute.study.attribution import EndPoints, fit_attributions, split_by_seed
 from tribute.study.outputs import fit_notes, rank_texts
 from tribute.types import Attributions, Behaviors, CoalitionMasks
 from tribute.unlearning.base import check_method
+
+MAX_SINGLE_THREADED = 2000
+"""Most fit coalitions for which attributions are fitted by one thread."""
 
 _KERNEL_OF_LAW = {
     "shapley": "shapley",
@@ -137,7 +141,12 @@ def run(argv: Sequence[str], prog: str) -> None:
             others = read_fit(arguments, behavior_name, fit_law)
             check_same_settings("--estimator", evaluations, others, keys=None)
             usable[fit_law] = leave_out_tested(others, tests)
-        fits[label] = fit_at_each_size(arguments, usable[fit_law], end_points, kernel, estimator, scored=bool(tests))
+        # Below some thousand coalitions a second thread of linear algebra costs more than it brings.
+        threads = 1 if arguments.max_train_size <= MAX_SINGLE_THREADED else None
+        with threadpool_limits(threads, user_api="blas"):
+            fits[label] = fit_at_each_size(
+                arguments, usable[fit_law], end_points, kernel, estimator, scored=bool(tests)
+            )
     for alpha, test_set in tests.items():
         _print_lds(arguments, alpha, test_set, fits)
     last = next(iter(fits.values()))[-1]
