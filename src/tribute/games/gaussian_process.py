@@ -22,7 +22,7 @@ of Rasmussen and Williams (2006).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import numpy as np
@@ -65,6 +65,9 @@ PRIORS: dict[str, tuple[float, float]] = {
 }
 """Mean and sd of the normal prior of each hyper-parameter, on the logarithm; `steepness` itself. For data of unit
 variance."""
+
+MEAN_VARIANCE = 4.0
+"""Variance of the mean behavior, which is free where coalitions are not paired. For data of unit variance."""
 
 TINY = 1e-10
 """Relative variance below which a response counts as constant, and jitter of a covariance matrix."""
@@ -228,15 +231,12 @@ class _Problem:
         if len(self.response) <= n_rows:
             return self
         rows = np.linspace(0, len(self.response) - 1, n_rows).round().astype(np.intp)
-        return _Problem(
-            self.masks[rows],
-            self.response[rows],
-            self.relative_noise[rows],
-            self.missing[rows],
-            self.prior,
-            self.odd,
-            self.scale,
-            self.n_coalitions,
+        return replace(
+            self,
+            masks=self.masks[rows],
+            response=self.response[rows],
+            relative_noise=self.relative_noise[rows],
+            missing=self.missing[rows],
         )
 
     def exact_functional(self) -> Array:
@@ -363,8 +363,6 @@ class _Covariance:
         n, numbers = problem.masks.shape[1], problem.size_numbers
         self.value = value
         self.profile, self.profile_slope = _size_kernel(problem, value["size_length"], odd_part=True)
-        if not problem.odd:
-            self.profile = self.profile + 4.0 / value["size"]  # a free mean of variance 4
         self.matern, self.matern_slope = _size_kernel(problem, value["slope_length"], odd_part=False)
         log_roundness = _log_roundness(problem.measured_sizes, n)
         self.log_steepness = log_roundness[:, None] + log_roundness
@@ -389,7 +387,7 @@ class _Covariance:
         self.matrix += problem.from_sizes(value["size"] * self.profile)
         self.matrix += (value["remainder"] * self.fade)[problem.distances]
         if not problem.odd:
-            self.matrix += value["pairs"] * problem.together_squared
+            self.matrix += MEAN_VARIANCE + value["pairs"] * problem.together_squared
         if problem.prior is not None:
             along = 2.0 * (problem.members @ problem.prior)
             self.matrix += value["prior"] * np.outer(along, along)
@@ -404,11 +402,9 @@ class _Covariance:
         linear = problem.by_size(weighted)
         far = np.bincount(problem.distances.ravel(), outer.ravel(), minlength=len(self.fade))
         diagonal = np.diag(outer)
-        profile = self.profile if problem.odd else self.profile - 4.0 / value["size"]
-        misfit = diagonal @ self.misfit
         change = value["slope_change"] * linear * self.steep
         found = {
-            "size": value["size"] * (plain * profile).sum(),
+            "size": value["size"] * (plain * self.profile).sum(),
             "size_length": value["size"] * (plain * self.profile_slope).sum(),
             "slope": value["slope"] * (linear * self.steep).sum(),
             "slope_change": (change * self.matern).sum(),
@@ -416,7 +412,7 @@ class _Covariance:
             "remainder": value["remainder"] * (far @ self.fade),
             "decay": value["remainder"] * (far @ self.fade_slope),
             "noise": diagonal @ self.noise,
-            "misfit": misfit,
+            "misfit": diagonal @ self.misfit,
             "steepness": -(linear * self.slopes * self.log_steepness).sum()
             - 2.0 * (diagonal * self.misfit) @ self.roundness,
         }

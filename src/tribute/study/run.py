@@ -177,8 +177,15 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult:
         if config.fit.until_interval is not None:
 
             def credit(evaluation_ids: list[int], behavior_name: str) -> Attributions:
-                found = read_fit_evaluations(store, study_id, evaluation_ids, behavior_name)
-                return found.fit(config.fit.design_name, config.estimator, table.names)
+                fit, end_points = read_fit_evaluations(store, study_id, evaluation_ids, behavior_name)
+                return fit_attributions(
+                    fit.masks,
+                    fit.behaviors,
+                    end_points,
+                    design=config.fit.design_name,
+                    estimator=config.estimator,
+                    contributor_names=table.names,
+                )
 
             names = tuple(worker.behavior_definitions())
             specs = measure_until_narrow(config.fit.until_interval, specs, names, measure, credit, listener)
@@ -437,7 +444,10 @@ def measure_until_narrow(
                 f"narrow enough at two looks in a row: {len(fit) - n_coalitions} coalitions are not needed"
             )
             return ends + fit[:n_coalitions] + others
-    listener.message(f"not narrow enough with all {len(fit)} coalitions of fit.n_coalitions; more would narrow them")
+    listener.message(
+        f"not narrow enough with all {len(fit)} coalitions of fit.n_coalitions; raise it, or fit.n_end_points where "
+        "the noise of v(empty) and v(grand) is most of the interval"
+    )
     return specs
 
 
@@ -505,31 +515,9 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-@dataclass(frozen=True)
-class FitEvaluations:
-    """What Shapley values of a behavior are fitted to.
-
-    Attributes:
-        table: The fit coalitions.
-        end_points: v(empty) and v(grand).
-    """
-
-    table: EvaluationTable
-    end_points: EndPoints
-
-    def fit(self, design: str, estimator: str, contributor_names: tuple[str, ...]) -> Attributions:
-        """Shapley values of all fit coalitions."""
-        return fit_attributions(
-            self.table.masks,
-            self.table.behaviors,
-            self.end_points,
-            design=design,
-            estimator=estimator,
-            contributor_names=contributor_names,
-        )
-
-
-def read_fit_evaluations(store: Store, study_id: int, evaluation_ids: list[int], behavior_name: str) -> FitEvaluations:
+def read_fit_evaluations(
+    store: Store, study_id: int, evaluation_ids: list[int], behavior_name: str
+) -> tuple[EvaluationTable, EndPoints]:
     """The finished fit coalitions and end points among some evaluations.
 
     Raises:
@@ -544,7 +532,7 @@ def read_fit_evaluations(store: Store, study_id: int, evaluation_ids: list[int],
             f"{behavior_name}: expected finished evaluations of the empty coalition, the grand coalition and fit "
             f"coalitions; found {len(empty)}, {len(grand)} and {len(fit)}. Run the study again"
         )
-    return FitEvaluations(fit, EndPoints(empty.behaviors, grand.behaviors))
+    return fit, EndPoints(empty.behaviors, grand.behaviors)
 
 
 def summarise_behavior(
@@ -556,8 +544,8 @@ def summarise_behavior(
     contributor_names: tuple[str, ...],
 ) -> BehaviorResult:
     """Attributions by every kernel and their LDS, from the store."""
-    measured = read_fit_evaluations(store, study_id, evaluation_ids, behavior_name)
-    fit, end_points, design = measured.table, measured.end_points, config.fit.design_name
+    fit, end_points = read_fit_evaluations(store, study_id, evaluation_ids, behavior_name)
+    design = config.fit.design_name
     loo, test = (
         store.read(behavior_name=behavior_name, study_id=study_id, role=role, evaluation_ids=evaluation_ids)
         for role in ("loo", "test")
