@@ -73,6 +73,11 @@ class UNetConfig(Config):
     flip_sin_to_cos: bool = Field(default=False, description="Order of the time embedding.")
     freq_shift: int = Field(default=1, description="Frequency shift of the time embedding.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout probability in residual layers.")
+    num_class_embeds: int | None = Field(
+        default=None,
+        gt=0,
+        description="Classes of a conditional network, one more than labels to guide it; None: none.",
+    )
     add_attention: bool = Field(default=True, description="Attention in the middle block.")
 
 
@@ -112,6 +117,9 @@ class TrainConfig(Config):
     ema_power: float = Field(default=0.75, gt=0, description="See ema_inv_gamma.")
     antithetic_timesteps: bool = Field(default=True, description="Draw timesteps in pairs t, T - 1 - t.")
     random_flip: bool = Field(default=False, description="Flip each image of a batch with probability 1/2.")
+    label_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of examples trained without their label, for guidance."
+    )
     mixed_precision: MixedPrecision = "no"
     opt_seed: int = Field(default=42, ge=0, description="Root seed of initialisation, data order and noise.")
 
@@ -140,6 +148,9 @@ class SampleConfig(Config):
     batch_size: int = Field(default=128, gt=0, description="Images per forward pass; never changes the result.")
     use_ema: bool = Field(default=True, description="Sample from the moving average of the weights.")
     noise_seed: int = Field(default=0, ge=0, description="Root seed of the initial noise, the same for every model.")
+    guidance_scale: float = Field(
+        default=1.0, ge=0, description="Of classifier-free guidance, for conditional networks; 1: none."
+    )
 
 
 class Preset(Config):

@@ -13,6 +13,7 @@ from tribute.behaviors.base import Reference, behavior_variant, get_behavior, me
 from tribute.config import DataConfig, Preset, SampleConfig, TrainConfig
 from tribute.data.sources import default_cache_dir, load_training_data
 from tribute.data.tensors import TrainingData
+from tribute.diffusion.examples import PixelExamples
 from tribute.diffusion.train import CheckpointPolicy, Trainer
 from tribute.errors import DataError
 from tribute.models.checkpoint import Checkpoint
@@ -73,7 +74,7 @@ class Worker:
         self.behaviors = [get_behavior(name) for name in behaviors]
         self.cache_dir = cache_dir or default_cache_dir()
         self.trainer = Trainer(
-            data.images,
+            PixelExamples(data.images, data.labels),
             preset.noise_schedule,
             mixed_precision=mixed_precision,
             device=device,
@@ -124,7 +125,9 @@ class Worker:
 
     def value_function(self, method: UnlearningMethod, sampling: SampleConfig) -> ValueFunction:
         """v(S) with this worker's behaviors."""
-        return ValueFunction(method, sampling, self.preset.noise_schedule, self.measure)
+        return ValueFunction(
+            method, sampling, self.preset.noise_schedule, self.measure, label_counts=self.data.label_counts
+        )
 
     def fine_tuning(
         self,
