@@ -24,7 +24,7 @@ from tribute.unlearning.gd import FineTuning
 from tribute.unlearning.retrain import Retraining
 
 if TYPE_CHECKING:
-    from tribute.behaviors.features import ClassifierExtractor
+    from tribute.behaviors.classifier import ClassifierExtractor
 
 
 class Worker:
@@ -84,7 +84,7 @@ class Worker:
     @cached_property
     def extractor(self) -> ClassifierExtractor:
         """The in-domain classifier, trained on the dataset's real images once and cached."""
-        from tribute.behaviors.features import train_or_load_classifier
+        from tribute.behaviors.classifier import train_or_load_classifier
 
         return train_or_load_classifier(
             self.data.reference_images,
