@@ -163,6 +163,16 @@ class Preset(Config):
     ckpt_freq: dict[str, PositiveInt] = Field(default_factory=dict, description="Steps between checkpoints.")
     sampling: SampleConfig = SampleConfig()
 
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images that the recipe is for, pixels."""
+        return self.unet.sample_size
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of those images: 3 for RGB, 1 for grey."""
+        return self.unet.in_channels
+
     def train_config(self, method: str, **changes: Any) -> TrainConfig:
         """The training settings of a method, with every `changes` that is not None applied."""
         if method not in self.training:
@@ -201,6 +211,12 @@ class DataConfig(Config):
     contributors: str = "class"
     data_dir: Path | None = None
     max_examples: int | None = Field(default=None, gt=0)
+    image_size: int | None = Field(default=None, gt=0, description="Height and width, pixels; None: the preset's.")
+    resize: Literal["center_crop", "squash"] = Field(default="center_crop", description="How images become square.")
+    contributor_column: str | None = Field(default=None, description="Column that names each example's owner.")
+    label_column: str | None = Field(default=None, description="Column of the class; None: the dataset's.")
+    image_column: str | None = Field(default=None, description="Column of the images; None: the dataset's.")
+    split: str = Field(default="train", description="Which part: of a hub dataset, or the start of shards' names.")
 
 
 class StudyModelConfig(Config):
@@ -261,6 +277,12 @@ class StudyConfig(Config):
     preset: str | None = Field(default=None, description="None: the preset named like the dataset.")
     data_dir: Path | None = None
     max_examples: int | None = Field(default=None, gt=0)
+    image_size: int | None = Field(default=None, gt=0, description="Height and width, pixels; None: the preset's.")
+    resize: Literal["center_crop", "squash"] = Field(default="center_crop", description="How images become square.")
+    contributor_column: str | None = Field(default=None, description="Column that names each example's owner.")
+    label_column: str | None = Field(default=None, description="Column of the class; None: the dataset's.")
+    image_column: str | None = Field(default=None, description="Column of the images; None: the dataset's.")
+    split: str = Field(default="train", description="Which part: of a hub dataset, or the start of shards' names.")
     outdir: Path = Path("runs")
     db: str | None = Field(default=None, description="Store; None: results.db in the run folder.")
     opt_seed: int = Field(default=42, ge=0, description="Root seed of the full, sparse and coalition models.")

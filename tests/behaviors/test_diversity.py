@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tribute.behaviors.base import Reference
+from tribute.behaviors.classifier import ClassifierExtractor
 from tribute.behaviors.diversity import ClusterEntropy, entropy_bits, reference_clusters
-from tribute.behaviors.features import ClassifierExtractor, Features
+from tribute.behaviors.features import Features
 from tribute.errors import BehaviorError
 from tribute.types import Images
 

@@ -25,7 +25,7 @@ from tribute.unlearning.gd import FineTuning
 from tribute.unlearning.retrain import Retraining
 
 if TYPE_CHECKING:
-    from tribute.behaviors.features import ClassifierExtractor
+    from tribute.behaviors.classifier import ClassifierExtractor
 
 
 class Worker:
@@ -60,13 +60,14 @@ class Worker:
     ) -> None:
         if n_threads is not None:
             torch.set_num_threads(n_threads)
-        data = data or load_training_data(**dict(source))
+        wanted = {**dict(source), "image_size": source.image_size or preset.image_size}
+        data = data or load_training_data(**wanted, image_channels=preset.image_channels)
         height, width, n_channels = data.image_shape
-        expected = (preset.unet.sample_size, preset.unet.sample_size, preset.unet.in_channels)
+        expected = (preset.image_size, preset.image_size, preset.image_channels)
         if (height, width, n_channels) != expected:
             raise DataError(
                 f"the preset expects images of {expected[0]}x{expected[1]} pixels and {expected[2]} channels; "
-                f"found {height}x{width} and {n_channels}. Choose another --preset or --dataset"
+                f"found {height}x{width} and {n_channels}. Choose another --preset, --image_size or --dataset"
             )
         self.source = source
         self.data = data
@@ -85,7 +86,7 @@ class Worker:
     @cached_property
     def extractor(self) -> ClassifierExtractor:
         """The in-domain classifier, trained on the dataset's real images once and cached."""
-        from tribute.behaviors.features import train_or_load_classifier
+        from tribute.behaviors.classifier import train_or_load_classifier
 
         return train_or_load_classifier(
             self.data.reference_images,
