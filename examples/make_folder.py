@@ -2,9 +2,9 @@
 
     python examples/make_folder.py --data_dir DATA/cifar10 --to contributors
 
-`--data_dir` has `train*.parquet` in the Hugging Face layout. The folder then holds `images/*` (the files as they are in the
-Parquet) and `metadata.csv` with the columns `file_name`, `artist` and `label`. Who owns what is always the same: parts
-are unequal, from some dozens of images to a quarter, and every contributor has a taste for some classes.
+`--data_dir` has `train*.parquet` in the Hugging Face layout. The folder then holds `images/*` (the files as they are in
+the Parquet) and `metadata.csv` with the columns `file_name`, `artist` and `label`. Who owns what is always the same:
+parts are unequal, from a hundredth to a quarter, and every contributor has a taste for some classes.
 """
 
 from __future__ import annotations
