@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from tribute.config import NoiseScheduleConfig, TrainConfig
+from tribute.data.tensors import gather
 from tribute.diffusion.loss import denoising_loss, draw_timesteps
 from tribute.diffusion.sample import from_uint8
 from tribute.errors import CheckpointError, ConfigError, MixedResultsError, TributeError
@@ -299,7 +300,7 @@ class Trainer:
         accelerator = self.accelerator
         generator = torch_stream(config.opt_seed, "training batch", batch_number)
         rows = batch_rows(len(example_idx), config.batch_size, batch_number, config.opt_seed)
-        clean = from_uint8(self.images[example_idx[rows]], accelerator.device)
+        clean = from_uint8(gather(self.images, example_idx[rows]), accelerator.device)
         if config.random_flip:
             flip = torch.rand(len(clean), generator=generator) < 0.5
             clean = torch.where(flip.to(clean.device)[:, None, None, None], clean.flip(-1), clean)
