@@ -65,8 +65,8 @@ def find_duplicates(
     for group in exact:
         is_first[group[1:]] = False
     firsts = np.flatnonzero(is_first)
-    pairs = [firsts[pair] for pair in _candidates(hashes[firsts])]
-    found = [_alike(pair, hashes, thumbnails, max_distance) for pair in pairs if len(pair)]
+    # Filtered as they come: candidates are many, pairs that look the same are few.
+    found = [_alike(firsts[pairs], hashes, thumbnails, max_distance) for pairs in _candidates(hashes[firsts])]
     near = np.unique(np.concatenate(found), axis=0) if found else np.empty((0, 2), dtype=np.int64)
     return Duplicates(exact, near)
 
@@ -88,7 +88,7 @@ def _candidates(hashes: npt.NDArray[np.uint64]) -> Iterator[npt.NDArray[np.int64
 
     order = numpy_stream(0, "data.duplicates.bands").permutation(128)
     bits = np.unpackbits(unique.view(np.uint8).reshape(len(unique), 16), axis=1)[:, order]
-    bands = np.packbits(bits, axis=1).view(np.uint16)
+    bands = np.ascontiguousarray(np.packbits(bits, axis=1)).view(np.uint16)
     for band in bands.T:
         by_value = np.argsort(band, kind="stable")
         left = np.arange(len(by_value) - 1)
