@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mmap
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tribute.data.contributors import ContributorTable
+from tribute.data.known_hashes import KnownHashes
 from tribute.errors import DataError
 from tribute.files import write_whole_dir
 from tribute.types import CoalitionMask, Images
@@ -185,7 +187,26 @@ def gather(images: Images, example_idx: npt.ArrayLike) -> Images:
         )
     if idx.size and not 0 <= idx.min() <= idx.max() < len(images):
         raise DataError(f"example_idx: expected 0 to {len(images) - 1}, found {idx.min()} to {idx.max()}")
-    return images[idx.astype(np.int64)]
+    rows = images[idx.astype(np.int64)]
+    release_pages(images)
+    return rows
+
+
+def release_pages(images: Images) -> None:
+    """Give back the memory that pages of a memory map take after they were read; other arrays stay as they are.
+
+    A page that was touched counts as memory of the process until the kernel needs it, so reading a cache through its
+    map would in time show the size of the cache. Only the page table is emptied: the content stays in the kernel's
+    cache of the file, and the next read finds it there.
+    """
+    mapped: Any = images
+    while isinstance(mapped, np.ndarray):
+        # In a map that may be written, the pages could hold what is nowhere else.
+        if isinstance(mapped, np.memmap) and mapped.mode != "r":
+            return
+        mapped = mapped.base
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def array_sha256(array: npt.NDArray[Any]) -> str:
@@ -194,6 +215,7 @@ def array_sha256(array: npt.NDArray[Any]) -> str:
     n_rows = max(1, HASH_CHUNK_BYTES // max(1, array[:1].nbytes))
     for start in range(0, len(array), n_rows):
         digest.update(np.ascontiguousarray(array[start : start + n_rows]).tobytes())
+        release_pages(array)
     return digest.hexdigest()
 
 
@@ -240,7 +262,7 @@ def write_tensor_cache(
         arrays = {"images": _write_images(folder / "images.npy", batches, shape)}
         for name, column in columns.items():
             np.save(folder / f"{name}.npy", column, allow_pickle=False)
-            arrays[name] = _describe(column)
+            arrays[name] = _describe(column, array_sha256(column))
         manifest = {"format": CACHE_FORMAT, "arrays": arrays, "source": dict(source)}
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
@@ -253,7 +275,11 @@ def write_tensor_cache(
 
 
 def open_tensor_cache(cache_dir: Path) -> TensorCache:
-    """Open a cache and check its content against its manifest, which reads every byte once.
+    """Open a cache and check its content against its manifest.
+
+    Reading every byte of 8 GB takes some seconds, so that it was done is remembered in `verified.json`, and the hash
+    is trusted for as long as the file's size, times and inode stay what they were (`KnownHashes`). A copied or
+    touched cache is read again, once.
 
     Raises:
         DataError: It is missing, unreadable, or not what its manifest says; the message names the array.
@@ -265,7 +291,10 @@ def open_tensor_cache(cache_dir: Path) -> TensorCache:
         expected = manifest["arrays"]
         columns = {n: np.load(cache_dir / f"{n}.npy", allow_pickle=False) for n in expected if n != "images"}
         images = np.load(cache_dir / "images.npy", mmap_mode="r", allow_pickle=False)
-        found = {name: _describe(array) for name, array in {"images": images, **columns}.items()}
+        verified = KnownHashes(cache_dir / "verified.json", lambda _: array_sha256(images))
+        images_sha256 = verified.hash_of(cache_dir / "images.npy")
+        found = {"images": _describe(images, images_sha256)}
+        found |= {name: _describe(array, array_sha256(array)) for name, array in columns.items()}
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise DataError(
             f"tensor cache {cache_dir}: expected a whole cache, found one that cannot be read "
@@ -277,6 +306,7 @@ def open_tensor_cache(cache_dir: Path) -> TensorCache:
                 f"tensor cache {cache_dir}: {name}.npy is not what its manifest says: expected "
                 f"{expected.get(name)}, found {found[name]}; move the folder away and it is built again"
             )
+    verified.save()
     return TensorCache(images, columns, manifest)
 
 
@@ -347,8 +377,8 @@ def _new_array_digest(dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
     return hashlib.sha256(f"{dtype.str} {tuple(int(n) for n in shape)}\n".encode())
 
 
-def _describe(array: npt.NDArray[Any]) -> dict[str, Any]:
-    return {"shape": list(array.shape), "dtype": array.dtype.str, "sha256": array_sha256(array)}
+def _describe(array: npt.NDArray[Any], sha256: str) -> dict[str, Any]:
+    return {"shape": list(array.shape), "dtype": array.dtype.str, "sha256": sha256}
 
 
 def _write_images(path: Path, batches: Iterable[Images], shape: tuple[int, int, int, int]) -> dict[str, Any]:
