@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from tribute.behaviors import classifier as module
-from tribute.behaviors.classifier import ClassifierExtractor, ClassifierRecipe, train_or_load_classifier
+from tribute.behaviors import classifier_training as training
+from tribute.behaviors.classifier import ClassifierExtractor, train_or_load_classifier
+from tribute.behaviors.classifier_networks import ClassifierRecipe
 from tribute.behaviors.features import read_artifact
 from tribute.errors import BehaviorError, DataError
 from tribute.types import Images
@@ -34,7 +36,7 @@ def test_digits_are_told_apart(classifier: ClassifierExtractor) -> None:
 
 def test_reported_accuracy_is_that_of_this_network(digits: Digits, classifier: ClassifierExtractor) -> None:
     images, labels = digits
-    held_out = module._held_out_mask(labels, 0.2, seed=0)
+    held_out = training.held_out_mask(labels, 0.2, seed=0)
     probabilities = classifier.extract(images[held_out]).probabilities
     assert probabilities is not None
     assert (probabilities.argmax(axis=1) == labels[held_out]).mean() == classifier.held_out_accuracy
@@ -42,7 +44,7 @@ def test_reported_accuracy_is_that_of_this_network(digits: Digits, classifier: C
 
 def test_held_out_part_is_stratified() -> None:
     labels = np.repeat([0, 1, 2], [100, 50, 2])
-    held_out = module._held_out_mask(labels, 0.2, seed=3)
+    held_out = training.held_out_mask(labels, 0.2, seed=3)
     assert np.bincount(labels[held_out]).tolist() == [20, 10, 1]
 
 
@@ -77,7 +79,7 @@ def test_loaded_from_cache_without_training(digits: Digits, tmp_path: Path, monk
     (folder,) = tmp_path.iterdir()
     assert sorted(path.name for path in folder.iterdir()) == ["arrays.safetensors", "facts.json"]
     assert quick(digits).fingerprint == first.fingerprint  # the same without a cache
-    monkeypatch.setattr(module, "_train", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(module, "train_classifier", lambda *args: pytest.fail("trained again"))
     again = quick(digits, tmp_path)
     assert again.fingerprint == first.fingerprint
     assert again.held_out_accuracy == first.held_out_accuracy
@@ -144,8 +146,8 @@ def test_other_image_sizes(shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("n_channels", [1, 3])
 def test_augmentation_shifts_within_reach_and_mirrors_only_colour(n_channels: int) -> None:
     pixels = torch.rand(40, n_channels, 16, 8, generator=torch.Generator().manual_seed(0))
-    augmented = module._augment(pixels, seed=0, step=5)
-    assert torch.equal(augmented, module._augment(pixels, seed=0, step=5))
+    augmented = training.augment(pixels, seed=0, step=5)
+    assert torch.equal(augmented, training.augment(pixels, seed=0, step=5))
     found = set()
     for image, shifted in zip(pixels.numpy(), augmented.numpy(), strict=True):
         padded = np.pad(image, ((0, 0), (2, 2), (1, 1)), mode="edge")
@@ -165,7 +167,7 @@ def test_augmentation_shifts_within_reach_and_mirrors_only_colour(n_channels: in
 
 def test_pixel_moments_are_those_of_numpy(digits: Digits) -> None:
     rows = np.arange(0, 1797, 3)
-    mean, sd = module._pixel_moments(digits[0], rows)
+    mean, sd = training.pixel_moments(digits[0], rows)
     np.testing.assert_allclose([*mean, *sd], [digits[0][rows].mean(), digits[0][rows].std()], rtol=1e-12)
 
 
