@@ -3,8 +3,8 @@
     python -m benchmarks.classifier --data_dir FOLDER_WITH_CIFAR10_PARQUET --image_size 32
 
 prints the held-out accuracy (a fifth of `train*.parquet`), the accuracy on `test*.parquet`, the seconds of training,
-and the images per second of a feature pass. Processor seconds divided by threads say what a quiet machine needs, as waiting
-for a busy one is not in them.
+and the images per second of a feature pass. Processor seconds divided by threads say what a quiet machine needs, as
+waiting for a busy one is not in them.
 """
 
 from __future__ import annotations
