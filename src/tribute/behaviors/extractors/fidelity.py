@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tribute.behaviors.extractors.network import NetworkExtractor
-from tribute.behaviors.extractors.weights import read_weights
+from tribute.behaviors.extractors.weights import brief, read_weights
 from tribute.config import FeatureConfig
 from tribute.errors import BehaviorError
 from tribute.files import sha256_of_file
@@ -90,7 +90,7 @@ def _load(
             network = network_class(name, layers, feature_extractor_weights_path=in_memory)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise BehaviorError(
-            f"The weights {path} do not fit the network {name!r} of torch-fidelity ({error!s:.300}). Give the file "
+            f"The weights {path} do not fit the network {name!r} of torch-fidelity ({brief(error)}). Give the file "
             f"from {_DOWNLOADS[name][0]}."
         ) from error
     return network.to(device).eval().requires_grad_(False), sha256_of_file(path)
@@ -106,7 +106,7 @@ def _network_class(name: str, class_name: str) -> Any:
     except Exception as error:  # a torchvision that is built for another torch raises RuntimeError, OSError or others
         raise BehaviorError(
             f"The extractor {name!r} needs torch-fidelity 0.4 or newer and torchvision, which cannot be imported here "
-            f"({type(error).__name__}: {error}). {_INSTALL.format(torch=torch.__version__)}."
+            f"({brief(error)}). {_INSTALL.format(torch=torch.__version__)}."
         ) from error
 
 
@@ -122,7 +122,7 @@ def _downloaded(name: str) -> Path:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=hash_start, progress=False)
         except (OSError, RuntimeError) as error:
             raise BehaviorError(
-                f"The weights of {name!r} are not at hand and could not be downloaded ({error!s:.200}). Fetch {url} "
+                f"The weights of {name!r} are not at hand and could not be downloaded ({brief(error)}). Fetch {url} "
                 f"on a machine with network, and give the file: --feature_weights {name}=PATH, or "
                 f"features: {{weights: {{{name}: PATH}}}} in a study."
             ) from error

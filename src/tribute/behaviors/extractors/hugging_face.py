@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tribute.behaviors.extractors.network import NetworkExtractor
+from tribute.behaviors.extractors.weights import brief
 from tribute.behaviors.features import content_hash
 from tribute.config import FeatureConfig
 from tribute.errors import BehaviorError, ConfigError
@@ -118,7 +119,7 @@ def _load(name: str, class_name: str, features: FeatureConfig, device: str) -> t
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         where = f"{model}, revision {revision}, from the hub" if revision else f"folder {model}"
         raise BehaviorError(
-            f"The extractor {name!r} cannot be loaded: {where} ({type(error).__name__}: {error!s:.300}). Expected a "
+            f"The extractor {name!r} cannot be loaded: {where} ({brief(error)}). Expected a "
             "model as save_pretrained writes it, with model.safetensors, for weights are never unpickled. Without "
             f"network, fetch the model elsewhere and name its folder: {hint}."
         ) from error
@@ -155,7 +156,7 @@ def _network_class(name: str, class_name: str) -> Any:
         return getattr(import_module("transformers"), class_name)
     except (ImportError, RuntimeError, AttributeError) as error:
         raise BehaviorError(
-            f"The extractor {name!r} needs transformers 5 or newer ({type(error).__name__}: {error}). Install it: "
+            f"The extractor {name!r} needs transformers 5 or newer ({brief(error)}). Install it: "
             "pip install 'tribute[clip]'."
         ) from error
 

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     import torch
 
 
+def brief(error: Exception) -> str:
+    """What an error says, on one line and not for pages."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Tensors by name, from a safetensors file or from a PyTorch file (`.pt`, `.pth`, `.bin`) that holds only tensors.
 
@@ -29,7 +34,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # a damaged file raises whatever its reader runs into
         raise BehaviorError(
             f"The weights {path} cannot be read without running code that they might hold "
-            f"({type(error).__name__}: {error!s:.200}). Give a .safetensors file, or one that torch.load reads with "
+            f"({brief(error)}). Give a .safetensors file, or one that torch.load reads with "
             "weights_only=True."
         ) from error
     if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
