@@ -73,6 +73,11 @@ class UNetConfig(Config):
     flip_sin_to_cos: bool = Field(default=False, description="Order of the time embedding.")
     freq_shift: int = Field(default=1, description="Frequency shift of the time embedding.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout probability in residual layers.")
+    num_class_embeds: int | None = Field(
+        default=None,
+        gt=0,
+        description="Classes of a conditional network, one more than labels to guide it; None: none.",
+    )
     add_attention: bool = Field(default=True, description="Attention in the middle block.")
 
 
@@ -112,6 +117,9 @@ class TrainConfig(Config):
     ema_power: float = Field(default=0.75, gt=0, description="See ema_inv_gamma.")
     antithetic_timesteps: bool = Field(default=True, description="Draw timesteps in pairs t, T - 1 - t.")
     random_flip: bool = Field(default=False, description="Flip each image of a batch with probability 1/2.")
+    label_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of examples trained without their label, for guidance."
+    )
     mixed_precision: MixedPrecision = "no"
     opt_seed: int = Field(default=42, ge=0, description="Root seed of initialisation, data order and noise.")
 
@@ -140,6 +148,9 @@ class SampleConfig(Config):
     batch_size: int = Field(default=128, gt=0, description="Images per forward pass; never changes the result.")
     use_ema: bool = Field(default=True, description="Sample from the moving average of the weights.")
     noise_seed: int = Field(default=0, ge=0, description="Root seed of the initial noise, the same for every model.")
+    guidance_scale: float = Field(
+        default=1.0, ge=0, description="Of classifier-free guidance, for conditional networks; 1: none."
+    )
 
 
 class FeatureConfig(Config):
@@ -176,6 +187,16 @@ class Preset(Config):
     training: dict[str, TrainConfig] = Field(description="Per method: retrain, prune_fine_tune, gd.")
     ckpt_freq: dict[str, PositiveInt] = Field(default_factory=dict, description="Steps between checkpoints.")
     sampling: SampleConfig = SampleConfig()
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images that the recipe is for, pixels."""
+        return self.unet.sample_size
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of those images: 3 for RGB, 1 for grey."""
+        return self.unet.in_channels
 
     def train_config(self, method: str, **changes: Any) -> TrainConfig:
         """The training settings of a method, with every `changes` that is not None applied."""
@@ -215,6 +236,12 @@ class DataConfig(Config):
     contributors: str = "class"
     data_dir: Path | None = None
     max_examples: int | None = Field(default=None, gt=0)
+    image_size: int | None = Field(default=None, gt=0, description="Height and width, pixels; None: the preset's.")
+    resize: Literal["center_crop", "squash"] = Field(default="center_crop", description="How images become square.")
+    contributor_column: str | None = Field(default=None, description="Column that names each example's owner.")
+    label_column: str | None = Field(default=None, description="Column of the class; None: the dataset's.")
+    image_column: str | None = Field(default=None, description="Column of the images; None: the dataset's.")
+    split: str = Field(default="train", description="Which part: of a hub dataset, or the start of shards' names.")
 
 
 class StudyModelConfig(Config):
@@ -275,6 +302,12 @@ class StudyConfig(Config):
     preset: str | None = Field(default=None, description="None: the preset named like the dataset.")
     data_dir: Path | None = None
     max_examples: int | None = Field(default=None, gt=0)
+    image_size: int | None = Field(default=None, gt=0, description="Height and width, pixels; None: the preset's.")
+    resize: Literal["center_crop", "squash"] = Field(default="center_crop", description="How images become square.")
+    contributor_column: str | None = Field(default=None, description="Column that names each example's owner.")
+    label_column: str | None = Field(default=None, description="Column of the class; None: the dataset's.")
+    image_column: str | None = Field(default=None, description="Column of the images; None: the dataset's.")
+    split: str = Field(default="train", description="Which part: of a hub dataset, or the start of shards' names.")
     outdir: Path = Path("runs")
     db: str | None = Field(default=None, description="Store; None: results.db in the run folder.")
     opt_seed: int = Field(default=42, ge=0, description="Root seed of the full, sparse and coalition models.")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tribute.behaviors.base import Reference
-from tribute.behaviors.features import ClassifierExtractor, Features, train_or_load_classifier
+from tribute.behaviors.classifier import ClassifierExtractor, train_or_load_classifier
+from tribute.behaviors.features import Features
 from tribute.types import Images
 
 

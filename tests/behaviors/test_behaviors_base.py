@@ -19,8 +19,9 @@ from tribute.behaviors.base import (
     measure_behaviors,
     register_behavior,
 )
+from tribute.behaviors.classifier import ClassifierExtractor
 from tribute.behaviors.diversity import reference_clusters
-from tribute.behaviors.features import ClassifierExtractor, Features
+from tribute.behaviors.features import Features
 from tribute.errors import BehaviorError, ConfigError, MixedResultsError
 from tribute.types import Images
 

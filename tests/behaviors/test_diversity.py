@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tribute.behaviors.base import Reference, behavior_variant, get_behavior
+from tribute.behaviors.classifier import ClassifierExtractor
 from tribute.behaviors.diversity import (
     ClusterEntropy,
     VendiScore,
@@ -16,7 +17,7 @@ from tribute.behaviors.diversity import (
     published_diversity,
     reference_clusters,
 )
-from tribute.behaviors.features import ClassifierExtractor, Features
+from tribute.behaviors.features import Features
 from tribute.errors import BehaviorError
 from tribute.types import Images
 

@@ -1,143 +1,16 @@
-"""The classifier is accurate, deterministic, cached safely, and leaves the process as it was."""
+"""Features are checked, and artifacts are written whole, hashed, and read back as they were."""
 
 from __future__ import annotations
 
-import json
-import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from tribute.behaviors import features as module
-from tribute.behaviors.features import (
-    ClassifierExtractor,
-    ClassifierRecipe,
-    Features,
-    content_hash,
-    read_artifact,
-    train_or_load_classifier,
-    write_artifact,
-)
-from tribute.errors import BehaviorError, DataError
-from tribute.types import Images
-
-QUICK = ClassifierRecipe(n_epochs=1, min_steps=6, batch_size=32)
-NAMES = [str(digit) for digit in range(10)]
-Digits = tuple[Images, np.ndarray]
-
-
-def quick(digits: Digits, cache_dir: Path | None = None, seed: int = 0) -> ClassifierExtractor:
-    images, labels = digits[0][:200], digits[1][:200]
-    return train_or_load_classifier(images, labels, label_names=NAMES, cache_dir=cache_dir, seed=seed, recipe=QUICK)
-
-
-def test_digits_are_told_apart(classifier: ClassifierExtractor) -> None:
-    assert classifier.held_out_accuracy >= 0.97
-    assert 350 <= classifier.n_held_out <= 370
-    assert classifier.label_names == tuple(NAMES)
-
-
-def test_reported_accuracy_is_that_of_this_network(digits: Digits, classifier: ClassifierExtractor) -> None:
-    images, labels = digits
-    held_out = module._held_out_mask(labels, 0.2, seed=0)
-    probabilities = classifier.extract(images[held_out]).probabilities
-    assert probabilities is not None
-    assert (probabilities.argmax(axis=1) == labels[held_out]).mean() == classifier.held_out_accuracy
-
-
-def test_held_out_part_is_stratified() -> None:
-    labels = np.repeat([0, 1, 2], [100, 50, 2])
-    held_out = module._held_out_mask(labels, 0.2, seed=3)
-    assert np.bincount(labels[held_out]).tolist() == [20, 10, 1]
-
-
-def test_probabilities_and_embeddings(digits: Digits, classifier: ClassifierExtractor) -> None:
-    found = classifier.extract(digits[0][:70])
-    assert found.embeddings.shape == (70, 64) and found.embeddings.dtype == np.float32
-    assert found.probabilities is not None
-    np.testing.assert_allclose(found.probabilities.sum(axis=1), 1.0, rtol=1e-5)
-
-
-def test_a_row_depends_on_its_image_only(digits: Digits, classifier: ClassifierExtractor) -> None:
-    images = digits[0][:65]
-    whole = classifier.extract(images)
-    backwards = classifier.extract(images[::-1], batch_size=8)
-    np.testing.assert_allclose(whole.embeddings, backwards.embeddings[::-1], rtol=1e-4, atol=1e-5)
-
-
-def test_training_is_deterministic_and_leaves_global_randomness_alone(digits: Digits) -> None:
-    torch.manual_seed(1)
-    first = quick(digits)
-    torch.manual_seed(2)
-    before, before_numpy = torch.get_rng_state(), str(np.random.get_state())  # noqa: NPY002
-    second = quick(digits)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert str(np.random.get_state()) == before_numpy  # noqa: NPY002
-    assert first.fingerprint == second.fingerprint
-    assert quick(digits, seed=1).fingerprint != first.fingerprint
-
-
-def test_loaded_from_cache_without_training(digits: Digits, tmp_path: Path, monkeypatch) -> None:
-    first = quick(digits, tmp_path)
-    (folder,) = tmp_path.iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == ["arrays.safetensors", "facts.json"]
-    assert quick(digits).fingerprint == first.fingerprint  # the same without a cache
-    monkeypatch.setattr(module, "_train", lambda *args: pytest.fail("trained again"))
-    again = quick(digits, tmp_path)
-    assert again.fingerprint == first.fingerprint
-    assert again.held_out_accuracy == first.held_out_accuracy
-    sample = digits[0][:9]
-    assert np.array_equal(again.extract(sample).embeddings, first.extract(sample).embeddings)
-
-
-def test_cache_tells_data_seeds_and_recipes_apart(digits: Digits, tmp_path: Path) -> None:
-    images, labels = digits[0][:200].copy(), digits[1][:200]
-    quick((images, labels), tmp_path)
-    quick((images, labels), tmp_path, seed=1)
-    images[0, 0, 0, 0] += 1
-    quick((images, labels), tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3
-
-
-def flip_a_byte(folder: Path) -> None:
-    path = folder / "arrays.safetensors"
-    payload = bytearray(path.read_bytes())
-    payload[-5] ^= 1
-    path.write_bytes(payload)
-
-
-def cut_the_json(folder: Path) -> None:
-    path = folder / "facts.json"
-    path.write_text(path.read_text()[:-20])
-
-
-def embellish_the_accuracy(folder: Path) -> None:
-    path = folder / "facts.json"
-    record = json.loads(path.read_text())
-    record["facts"]["held_out_accuracy"] = 0.999
-    path.write_text(json.dumps(record))
-
-
-def lose_the_weights(folder: Path) -> None:
-    (folder / "arrays.safetensors").unlink()
-
-
-@pytest.mark.parametrize("damage", [flip_a_byte, cut_the_json, embellish_the_accuracy, lose_the_weights])
-def test_damaged_cache_is_noticed_kept_aside_and_replaced(digits, tmp_path, caplog, damage) -> None:
-    first = quick(digits, tmp_path)
-    (folder,) = tmp_path.iterdir()
-    damage(folder)
-    with caplog.at_level(logging.WARNING):
-        again = quick(digits, tmp_path)
-    assert "is damaged" in caplog.text and str(folder) in caplog.text
-    assert again.fingerprint == first.fingerprint
-    assert again.held_out_accuracy == first.held_out_accuracy
-    assert len(list(tmp_path.glob("*.damaged-*"))) == 1
-    read_artifact(folder)
+from tribute.behaviors.features import Features, content_hash, read_artifact, write_artifact
+from tribute.errors import BehaviorError
 
 
 def test_artifact_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:
@@ -171,68 +44,6 @@ def test_first_of_two_writers_wins(tmp_path: Path) -> None:
     arrays, facts = read_artifact(tmp_path / "a")
     assert facts == {"writer": 1} and arrays["x"].tolist() == [1, 1, 1]
     assert len(list(tmp_path.iterdir())) == 1
-
-
-@pytest.mark.parametrize("shape", [(32, 32, 3), (28, 28, 1), (2, 2, 1), (64, 48, 3)])
-def test_other_image_sizes(shape: tuple[int, int, int]) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (24, *shape), dtype=np.uint8)
-    images[12:] //= 4
-    recipe = ClassifierRecipe(min_steps=4, max_steps=4, batch_size=12)
-    labels = np.repeat([0, 1], 12)
-    found = train_or_load_classifier(images, labels, label_names=["light", "dark"], cache_dir=None, recipe=recipe)
-    assert found.extract(images).embeddings.shape == (24, 64)
-
-
-@pytest.mark.parametrize("n_channels", [1, 3])
-def test_augmentation_shifts_within_reach_and_mirrors_only_colour(n_channels: int) -> None:
-    pixels = torch.rand(40, n_channels, 16, 8, generator=torch.Generator().manual_seed(0))
-    augmented = module._augment(pixels, seed=0, step=5)
-    assert torch.equal(augmented, module._augment(pixels, seed=0, step=5))
-    found = set()
-    for image, shifted in zip(pixels.numpy(), augmented.numpy(), strict=True):
-        padded = np.pad(image, ((0, 0), (2, 2), (1, 1)), mode="edge")
-        matches = {
-            (top, left, mirrored)
-            for top in range(5)
-            for left in range(3)
-            for mirrored in (False, True)
-            if np.array_equal(padded[:, top : top + 16, left : left + 8][..., :: -1 if mirrored else 1], shifted)
-        }
-        assert len(matches) == 1
-        found |= matches
-    assert {top for top, _, _ in found} == set(range(5))
-    assert {left for _, left, _ in found} == set(range(3))
-    assert {mirrored for _, _, mirrored in found} == ({False, True} if n_channels == 3 else {False})
-
-
-def test_pixel_moments_are_those_of_numpy(digits: Digits) -> None:
-    rows = np.arange(0, 1797, 3)
-    mean, sd = module._pixel_moments(digits[0], rows)
-    np.testing.assert_allclose([*mean, *sd], [digits[0][rows].mean(), digits[0][rows].std()], rtol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("labels", "names", "message"),
-    [
-        (np.zeros(7, int), ["a", "b"], "one integer label for each of 8"),
-        (np.zeros(8), ["a", "b"], "one integer label"),
-        (np.array([0, 1] * 3 + [2, -1]), ["a", "b", "c"], r"0\.\.2.*-1\.\.2"),
-        (np.array([0, 1] * 4), ["a"], r"0\.\.0"),
-        (np.array([0] * 7 + [1]), ["a", "b"], r"too few images of \['b'\]"),
-        (np.zeros(8, int), ["a"], "at least 2 classes"),
-    ],
-)
-def test_labels_that_do_not_fit(labels: np.ndarray, names: list[str], message: str) -> None:
-    images = np.zeros((8, 8, 8, 1), np.uint8)
-    with pytest.raises(DataError, match=message):
-        train_or_load_classifier(images, labels, label_names=names, cache_dir=None)
-
-
-def test_images_that_do_not_fit(classifier: ClassifierExtractor) -> None:
-    with pytest.raises(BehaviorError, match=r"\(8, 8, 1\).*\(32, 32, 3\)"):
-        classifier.extract(np.zeros((2, 32, 32, 3), np.uint8))
-    with pytest.raises(BehaviorError, match=r"uint8.*float64"):
-        classifier.extract(np.zeros((2, 8, 8, 1)))  # pyright: ignore[reportArgumentType]
 
 
 def test_features_must_be_finite_and_of_one_length() -> None:

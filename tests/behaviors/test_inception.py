@@ -10,7 +10,8 @@ import torch
 
 from tribute.behaviors import inception
 from tribute.behaviors.base import Reference
-from tribute.behaviors.features import ClassifierExtractor, Features
+from tribute.behaviors.classifier import ClassifierExtractor
+from tribute.behaviors.features import Features
 from tribute.behaviors.inception import FrechetDistance, InceptionScore, KernelDistance, frechet_distance
 from tribute.errors import BehaviorError
 from tribute.types import Images

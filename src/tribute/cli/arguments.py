@@ -50,15 +50,19 @@ class DataArguments(CommonArguments):
         default=None, description="Parquet file or folder, for datasets that are not embedded."
     )
     max_examples: int | None = Field(default=None, gt=0, description="Use only the first rows of the dataset.")
+    image_size: int | None = Field(default=None, gt=0, description="Height and width, pixels; None: the preset's.")
+    resize: Literal["center_crop", "squash"] | None = Field(
+        default=None, description="How images become square: center_crop (default) or squash."
+    )
+    contributor_column: str | None = Field(default=None, description="Column that names each example's owner.")
+    label_column: str | None = Field(default=None, description="Column of the class; None: the dataset's.")
+    image_column: str | None = Field(default=None, description="Column of the images; None: the dataset's.")
+    split: str | None = Field(default=None, description="Part of the dataset; None: train.")
     preset: str | None = Field(default=None, description="Recipe: digits, cifar, cifar-small, or a .yaml file.")
 
     def source(self, saved: dict[str, Any] | None = None) -> DataConfig:
         """The data that the flags mean; what a flag leaves open comes from a checkpoint, then from defaults."""
-        flags = {
-            name: getattr(self, name)
-            for name in ("dataset", "contributors", "data_dir", "max_examples")
-            if getattr(self, name) is not None
-        }
+        flags = {name: getattr(self, name) for name in DataConfig.model_fields if getattr(self, name) is not None}
         values = {**(saved or {}), **flags}
         dataset = values.get("dataset")
         if dataset is None:

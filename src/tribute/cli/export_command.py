@@ -40,7 +40,9 @@ def run(argv: Sequence[str], prog: str) -> None:
         else:
             owners = None
             if arguments.dataset is not None:
-                source = {name: getattr(arguments, name) for name in DataConfig.model_fields}
+                source = {
+                    name: getattr(arguments, name) for name in DataConfig.model_fields if hasattr(arguments, name)
+                }
                 owners = load_training_data(**source).contributors.contributor_of_example
             n_lines = export_jsonl(store, arguments.out, contributor_of_example=owners, exp_name=arguments.exp_name)
     print_line(f"wrote {n_lines:,} evaluations to {arguments.out}")

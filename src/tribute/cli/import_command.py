@@ -34,7 +34,7 @@ def run(argv: Sequence[str], prog: str) -> None:
     arguments = parse(ImportArguments, argv, prog=prog, description="Read the published layout.")
     table = None
     if arguments.dataset is not None:
-        source = {name: getattr(arguments, name) for name in DataConfig.model_fields}
+        source = {name: getattr(arguments, name) for name in DataConfig.model_fields if hasattr(arguments, name)}
         table = load_training_data(**source).contributors
     with Store.open(arguments.db) as store:
         n_new = import_jsonl(

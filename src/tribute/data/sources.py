@@ -6,11 +6,9 @@ A source is described, not programmed: a shape, the columns of its files, its pa
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tribute.data.contributors import PLANTED_VENDORS, contributors_by_class, vendors
+from tribute.data.decoding import ImageRule, Resize, decode_image
 from tribute.data.tensors import TrainingData, open_or_build_tensor_cache, write_tensor_cache
 from tribute.errors import ConfigError, DataError
 from tribute.files import sha256_of_file
@@ -47,11 +46,12 @@ class Examples:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """Where a reader may look and write, and how many rows it takes (all if None)."""
+    """Where a reader may look and write, how many rows it takes (all if None), and what images become."""
 
     data_dir: Path | None
     cache_dir: Path
     max_examples: int | None
+    rule: ImageRule
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,13 @@ def load_training_data(
     data_dir: Path | None = None,
     cache_dir: Path | None = None,
     max_examples: int | None = None,
+    image_size: int | None = None,
+    image_channels: int | None = None,
+    resize: Resize = "center_crop",
+    contributor_column: str | None = None,
+    label_column: str | None = None,
+    image_column: str | None = None,
+    split: str = "train",
 ) -> TrainingData:
     """Load a dataset and divide it among its contributors.
 
@@ -91,6 +98,13 @@ def load_training_data(
         data_dir: A Parquet file, or a folder with `train*.parquet`; for sources that are not embedded.
         cache_dir: Where tensor caches are kept; `default_cache_dir()` if None. Embedded sources need none.
         max_examples: Take the first rows only, at most this many; None takes all.
+        image_size: Height and width that images are brought to (`tribute.data.decoding`); None: the dataset's.
+        image_channels: 3 for RGB, 1 for grey; None: the dataset's.
+        resize: `center_crop` or `squash`.
+        contributor_column: Not yet.
+        label_column: Not yet.
+        image_column: Not yet.
+        split: Not yet.
 
     Raises:
         ConfigError: The dataset or the partition is unknown, or an option does not suit the dataset.
@@ -112,6 +126,7 @@ def load_training_data(
         data_dir=None if data_dir is None else Path(data_dir).expanduser(),
         cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser(),
         max_examples=max_examples,
+        rule=ImageRule(image_size or source.image_shape[0], image_channels or source.image_shape[2], resize),
     )
     examples = source.read(source, options)
     origin = {**examples.origin, "partition": contributors}
@@ -153,6 +168,13 @@ def read_digits(source: Source, options: ReadOptions) -> Examples:
     """
     if options.data_dir is not None:
         raise ConfigError(f"--data_dir {options.data_dir}: this dataset is embedded and reads no files; leave it out")
+    if options.rule.shape != source.image_shape:
+        height, width, n_channels = source.image_shape
+        raise ConfigError(
+            f"this dataset has images of {height}x{width} pixels and {n_channels} channel, and is not resized; found "
+            f"{options.rule.image_size}x{options.rule.image_size} and {options.rule.n_channels}. "
+            "Choose another --preset, or leave --image_size out"
+        )
     from sklearn.datasets import load_digits
 
     levels, classes = load_digits(return_X_y=True)
@@ -179,14 +201,14 @@ def read_parquet(source: Source, options: ReadOptions) -> Examples:
         raise DataError(f"--data_dir {options.data_dir}: a file cannot be read ({error})") from error
     origin = {
         "files": [{"name": path.name, "sha256": sha256} for path, sha256 in zip(files, hashes, strict=True)],
-        "image_shape": list(source.image_shape),
+        "image_rule": options.rule.describe(),
         "columns": [list(source.image_columns), list(source.label_columns)],
         "max_examples": options.max_examples,
     }
     content = json.dumps({**origin, "files": hashes}, sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     cache_dir = options.cache_dir / "tensors" / key
-    build = partial(_build_from_parquet, source, files, cache_dir, options.max_examples, origin)
+    build = partial(_build_from_parquet, source, files, cache_dir, options, origin)
     cache = open_or_build_tensor_cache(cache_dir, build)
     label_names = tuple(cache.source["label_names"])
     return Examples(cache.images, cache.columns["labels"], label_names, cache.source, cache.images_sha256)
@@ -222,7 +244,7 @@ def _build_from_parquet(
     source: Source,
     files: Sequence[Path],
     cache_dir: Path,
-    max_examples: int | None,
+    options: ReadOptions,
     origin: Mapping[str, Any],
     scratch: Path,
 ) -> None:
@@ -237,14 +259,15 @@ def _build_from_parquet(
                 f"{path}: expected the class names {list(shards[0].label_names)} of {shards[0].path.name}, "
                 f"found {list(shards[-1].label_names)}"
             )
-        if max_examples is not None and sum(len(shard.labels) for shard in shards) >= max_examples:
+        n_found = sum(len(shard.labels) for shard in shards)
+        if options.max_examples is not None and n_found >= options.max_examples:
             break
-    labels = np.concatenate([shard.labels for shard in shards])[:max_examples]
+    labels = np.concatenate([shard.labels for shard in shards])[: options.max_examples]
     logger.info("decoding %d images of %s once, into %s", len(labels), files[0].parent, cache_dir)
     write_tensor_cache(
         cache_dir,
-        _decoded_batches(source, shards, len(labels)),
-        shape=(len(labels), *source.image_shape),
+        _decoded_batches(options.rule, shards, len(labels)),
+        shape=(len(labels), *options.rule.shape),
         columns={"labels": labels},
         source={**origin, "label_names": list(shards[0].label_names), "decoder": f"Pillow {PIL.__version__}"},
     )
@@ -312,7 +335,7 @@ def _find_column(path: Path, meaning: str, candidates: Sequence[str], found: Seq
     )
 
 
-def _decoded_batches(source: Source, shards: Sequence[_Shard], n_examples: int) -> Iterator[Images]:
+def _decoded_batches(rule: ImageRule, shards: Sequence[_Shard], n_examples: int) -> Iterator[Images]:
     """Yield `(n_rows, height, width, channels)`: the first `n_examples` rows of the shards, in order."""
     for shard in shards:
         encoded = shard.rows.data.column(shard.image_column)
@@ -320,34 +343,20 @@ def _decoded_batches(source: Source, shards: Sequence[_Shard], n_examples: int) 
         n_examples -= n_rows
         for start in range(0, n_rows, DECODE_BATCH):
             batch = encoded.slice(start, min(DECODE_BATCH, n_rows - start)).to_pylist()
-            yield _decode(batch, source.image_shape, shard.path, start)
+            yield _decode(batch, rule, shard.path, start)
 
 
-def _decode(encoded: Sequence[Any], shape: tuple[int, int, int], path: Path, first_row: int) -> Images:
+def _decode(encoded: Sequence[Any], rule: ImageRule, path: Path, first_row: int) -> Images:
     """Decode `{bytes, path}` records into `(n_rows, *shape)`."""
-    from PIL import Image
-
-    height, width, n_channels = shape
-    images = np.empty((len(encoded), *shape), dtype=np.uint8)
-    with warnings.catch_warnings():
-        # The size is checked before any pixel is decoded, so a bomb is refused as an image of the wrong size.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        for i, record in enumerate(encoded):
-            place = f"{path}: row {first_row + i}"
-            if record is None or record["bytes"] is None:
-                raise DataError(f"{place}: expected the bytes of an image, found none")
-            try:
-                with Image.open(io.BytesIO(record["bytes"])) as image:
-                    if image.size != (width, height):
-                        raise DataError(
-                            f"{place}: expected an image of {width}x{height} pixels, "
-                            f"found {image.size[0]}x{image.size[1]}"
-                        )
-                    pixels = np.asarray(image.convert("RGB" if n_channels == 3 else "L"))
-            # All that Pillow's decoders raise on damaged bytes.
-            except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-                raise DataError(f"{place}: expected an image, found bytes that cannot be decoded ({error})") from error
-            images[i] = pixels.reshape(shape)
+    images = np.empty((len(encoded), *rule.shape), dtype=np.uint8)
+    for i, record in enumerate(encoded):
+        place = f"{path}: row {first_row + i}"
+        if record is None or record["bytes"] is None:
+            raise DataError(f"{place}: expected the bytes of an image, found none")
+        try:
+            images[i] = decode_image(record["bytes"], rule)
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
     return images
 
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from tribute.data.contributors import ContributorTable
 from tribute.errors import DataError
 from tribute.files import write_whole_dir
-from tribute.types import Images
+from tribute.types import CoalitionMask, Images
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,12 @@ class TrainingData:
     @property
     def n_examples(self) -> int:
         return len(self.images)
+
+    def label_counts(self, coalition_mask: CoalitionMask) -> npt.NDArray[np.int64]:
+        """`(n_labels,)`; a coalition's examples of each label, everyone's for the empty coalition."""
+        present = coalition_mask if coalition_mask.any() else np.ones_like(coalition_mask)
+        rows = self.contributors.examples_of(present)
+        return np.bincount(self.labels[rows], minlength=len(self.label_names)).astype(np.int64)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

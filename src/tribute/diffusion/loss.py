@@ -30,6 +30,7 @@ def denoising_loss(
     clean: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
+    labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean squared error of the model's prediction, a scalar.
 
@@ -39,13 +40,22 @@ def denoising_loss(
         clean: `(n, channels, height, width)` in [-1, 1].
         noise: Standard normal, the shape of `clean`.
         timesteps: `(n,)` int64.
+        labels: `(n,)` int64, for a class-conditional model; None for others.
 
     References:
         Ho et al. (2020), eq. 14; v-prediction: Salimans and Ho (2022).
     """
     noisy = noise_schedule.add_noise(clean, noise, timesteps)  # pyright: ignore[reportArgumentType]
     target = prediction_target(noise_schedule, clean, noise, timesteps)
-    return F.mse_loss(model(noisy, timesteps, return_dict=False)[0].float(), target)
+    return F.mse_loss(predict(model, noisy, timesteps, labels).float(), target)
+
+
+def predict(
+    model: torch.nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Prediction of a network, conditional or not, in the shape of `noisy`."""
+    condition = {} if labels is None else {"class_labels": labels}
+    return model(noisy, timesteps, return_dict=False, **condition)[0]
 
 
 def prediction_target(

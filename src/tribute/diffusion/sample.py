@@ -6,15 +6,19 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tribute.config import NoiseScheduleConfig, SampleConfig
+from tribute.diffusion.loss import predict
 from tribute.errors import ConfigError
 from tribute.seeding import torch_stream
 from tribute.types import Images
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
+
+_GOLDEN = (5**0.5 - 1) / 2
 
 _MIN_BATCH = 16
 """Smaller batches are padded: matrix products of 1 to 15 rows round differently from longer ones (MKL, measured)."""
@@ -55,6 +59,8 @@ def sample_images(
     noise_schedule: NoiseScheduleConfig,
     *,
     image_idx: Sequence[int] | None = None,
+    label_counts: npt.NDArray[np.int64] | None = None,
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Images:
     """Generate images from a model.
@@ -68,6 +74,9 @@ def sample_images(
         config: Sampler, steps, number of images; `use_ema` is the caller's business.
         noise_schedule: The forward process that the model was trained with.
         image_idx: Which images; None for the first `config.n_samples`.
+        label_counts: `(n_labels,)`, for a class-conditional model: how often each label is asked for, in proportion.
+        decode: From latents `(n, *latent_shape)` to images `(n, channels, height, width)` in [-1, 1]; None for a
+            model of pixels.
         on_batch: Called with the number of images done, after each batch.
 
     Returns:
@@ -86,14 +95,52 @@ def sample_images(
         sampler.set_timesteps(config.num_inference_steps)
         padded_idx = [*idx, *[idx[0]] * (_MIN_BATCH - len(idx))]
         images = initial_noise(config.noise_seed, padded_idx, shape).to(device)
+        labels = None
+        if label_counts is not None and unet_config.get("num_class_embeds"):
+            labels = torch.from_numpy(draw_labels(label_counts, padded_idx)).to(device)
         for timestep in sampler.timesteps:
-            prediction = model(images, timestep, return_dict=False)[0]
+            prediction = guided_prediction(model, images, timestep, labels, config.guidance_scale)
             images = sampler.step(prediction, timestep, images, return_dict=False)[0]
-        batches.append(to_uint8(images[: len(idx)]))
+        batches.append(to_uint8((decode or _identity)(images)[: len(idx)]))
         if on_batch is not None:
             on_batch(min(start + config.batch_size, len(image_idx)))
     model.train(was_training)
     return np.concatenate(batches)
+
+
+def draw_labels(label_counts: npt.NDArray[np.int64], image_idx: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Labels `(len(image_idx),)` of generated images, in the proportions of `label_counts` `(n_labels,)`.
+
+    Image i takes the quantile `frac(1/2 + i * golden ratio)` of the labels: the same for every coalition, so that
+    labels differ between coalitions only where their proportions do, and evenly spread over any run of images.
+    """
+    quantiles = (0.5 + np.asarray(image_idx, dtype=np.float64) * _GOLDEN) % 1.0
+    bounds = np.cumsum(label_counts) / np.sum(label_counts)
+    return np.searchsorted(bounds, quantiles, side="right").clip(max=np.flatnonzero(label_counts)[-1]).astype(np.int64)
+
+
+def guided_prediction(
+    model: UNet2DModel,
+    images: torch.Tensor,
+    timestep: torch.Tensor,
+    labels: torch.Tensor | None,
+    guidance_scale: float,
+) -> torch.Tensor:
+    """Prediction at one noise level, by classifier-free guidance where there are labels and the scale is not 1.
+
+    References:
+        Ho and Salimans (2022), eq. 6, with their w = guidance_scale - 1.
+    """
+    if labels is None or guidance_scale == 1.0:
+        return predict(model, images, timestep, labels)
+    unlabelled = torch.full_like(labels, model.config["num_class_embeds"] - 1)
+    both = predict(model, torch.cat([images, images]), timestep, torch.cat([labels, unlabelled]))
+    with_label, without_label = both.chunk(2)
+    return without_label + guidance_scale * (with_label - without_label)
+
+
+def _identity(images: torch.Tensor) -> torch.Tensor:
+    return images
 
 
 def to_uint8(images: torch.Tensor) -> Images:

@@ -21,10 +21,10 @@ import numpy.typing as npt
 import torch
 
 from tribute.config import NoiseScheduleConfig, TrainConfig
+from tribute.diffusion.examples import PixelExamples, TrainingExamples
 from tribute.diffusion.loss import denoising_loss, draw_timesteps
-from tribute.diffusion.sample import from_uint8
 from tribute.errors import CheckpointError, ConfigError, MixedResultsError, TributeError
-from tribute.models.build import build_noise_schedule
+from tribute.models.build import build_noise_schedule, null_label
 from tribute.models.checkpoint import (
     Checkpoint,
     delete_older,
@@ -124,10 +124,10 @@ class Ema:
 
 
 class Trainer:
-    """Trains models on rows of one image tensor; built once and used for every coalition.
+    """Trains models on rows of one tensor; built once and used for every coalition.
 
     Args:
-        images: `(n_examples, height, width, channels)` uint8, in memory or memory-mapped.
+        examples: Training examples, or images `(n_examples, height, width, channels)` uint8 without labels.
         noise_schedule: The forward process.
         mixed_precision: `no`, `fp16` or `bf16`.
         device: Where to train; None lets Accelerate choose.
@@ -140,7 +140,7 @@ class Trainer:
 
     def __init__(
         self,
-        images: Images,
+        examples: TrainingExamples | Images,
         noise_schedule: NoiseScheduleConfig,
         *,
         mixed_precision: str = "no",
@@ -156,7 +156,7 @@ class Trainer:
             raise ConfigError(
                 f"device: expected cpu or cuda, found {device!r}; choose one of several GPUs by CUDA_VISIBLE_DEVICES"
             )
-        self.images = images
+        self.examples: TrainingExamples = PixelExamples(examples) if isinstance(examples, np.ndarray) else examples
         self.noise_schedule_config = noise_schedule
         self.noise_schedule = build_noise_schedule(noise_schedule)
         try:
@@ -219,6 +219,7 @@ class Trainer:
                 f"batch_size: expected a multiple of the {accelerator.num_processes} processes, "
                 f"found {config.batch_size}"
             )
+        self._check_fits(model, config)
         model.to(accelerator.device).train()
         model.zero_grad(set_to_none=True)  # of a run that was interrupted between two forward passes
         ema = Ema(model, config)
@@ -299,7 +300,8 @@ class Trainer:
         accelerator = self.accelerator
         generator = torch_stream(config.opt_seed, "training batch", batch_number)
         rows = batch_rows(len(example_idx), config.batch_size, batch_number, config.opt_seed)
-        clean = from_uint8(self.images[example_idx[rows]], accelerator.device)
+        posterior = torch_stream(config.opt_seed, "latent posterior", batch_number)
+        clean = self.examples.batch(example_idx[rows], posterior).to(accelerator.device)
         if config.random_flip:
             flip = torch.rand(len(clean), generator=generator) < 0.5
             clean = torch.where(flip.to(clean.device)[:, None, None, None], clean.flip(-1), clean)
@@ -310,13 +312,60 @@ class Trainer:
             generator,
             antithetic=config.antithetic_timesteps,
         ).to(clean.device)
+        labels = self._dropped(model, self.labels_for(model, example_idx[rows]), config, batch_number)
         share = len(clean) // accelerator.num_processes
         mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
         with torch.random.fork_rng(devices=[], enabled=_has_dropout(model)):
             if _has_dropout(model):
                 torch.manual_seed(stream_seed(config.opt_seed, "dropout", batch_number, accelerator.process_index))
             with accelerator.autocast():
-                return denoising_loss(model, self.noise_schedule, clean[mine], noise[mine], timesteps[mine])
+                return denoising_loss(
+                    model,
+                    self.noise_schedule,
+                    clean[mine],
+                    noise[mine],
+                    timesteps[mine],
+                    None if labels is None else labels[mine],
+                )
+
+    def labels_for(self, model: torch.nn.Module, example_idx: npt.NDArray[np.int64]) -> torch.Tensor | None:
+        """Labels `(n,)` of some examples for a class-conditional model; None for an unconditional one."""
+        if self.examples.labels is None or not _n_classes(model):
+            return None
+        return torch.from_numpy(self.examples.labels[example_idx]).to(self.device)
+
+    def _dropped(
+        self, model: torch.nn.Module, labels: torch.Tensor | None, config: TrainConfig, batch_number: int
+    ) -> torch.Tensor | None:
+        """Labels of a batch with some of them dropped, for guidance."""
+        if labels is None or config.label_dropout == 0:
+            return labels
+        generator = torch_stream(config.opt_seed, "label dropout", batch_number)
+        dropped = torch.rand(len(labels), generator=generator) < config.label_dropout
+        return labels.masked_fill(dropped.to(labels.device), _n_classes(model) - 1)
+
+    def _check_fits(self, model: torch.nn.Module, config: TrainConfig) -> None:
+        """Refuse a model or settings that do not go with the examples."""
+        if config.random_flip and not self.examples.can_flip:
+            raise ConfigError(
+                "random_flip: expected images in pixels; found latents, whose mirror image is not the latent of the "
+                "mirrored image. Set random_flip: false, or mirror the images before they are encoded"
+            )
+        n_classes = _n_classes(model)
+        if not n_classes:
+            return
+        if self.examples.labels is None:
+            raise ConfigError("unet: a class-conditional network needs labelled examples; found none")
+        n_labels = int(self.examples.labels.max()) + 1
+        if n_labels > n_classes:
+            raise ConfigError(
+                f"unet.num_class_embeds: expected at least the {n_labels} labels of the data, found {n_classes}"
+            )
+        if config.label_dropout > 0 and null_label(n_classes, n_labels) is None:
+            raise ConfigError(
+                f"label_dropout: guidance needs a class for no label; expected unet.num_class_embeds {n_labels + 1}, "
+                f"one more than labels, found {n_classes}"
+            )
 
 
 def batch_rows(n_examples: int, batch_size: int, batch_number: int, opt_seed: int) -> npt.NDArray[np.int64]:
@@ -375,6 +424,12 @@ def _build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim
 def _has_finite_weights(model: torch.nn.Module) -> bool:
     """A finite loss may have infinite gradients."""
     return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+def _n_classes(model: torch.nn.Module) -> int:
+    """Classes of a conditional network, that for no label included; 0 for an unconditional one."""
+    config = getattr(getattr(model, "module", model), "config", {})
+    return int(config.get("num_class_embeds") or 0)
 
 
 def _has_dropout(model: torch.nn.Module) -> bool:

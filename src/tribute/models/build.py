@@ -45,6 +45,11 @@ def build_noise_schedule(config: NoiseScheduleConfig) -> DDPMScheduler:
     return DDPMScheduler(**config.model_dump())
 
 
+def null_label(num_class_embeds: int, n_labels: int) -> int | None:
+    """The class that stands for no label: the last one, where there is one more than labels; None elsewhere."""
+    return num_class_embeds - 1 if num_class_embeds > n_labels else None
+
+
 def count_parameters(model: torch.nn.Module) -> int:
     """Number of scalar parameters."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -16,8 +16,9 @@ from tribute.behaviors.base import (
     measure_behaviors,
     uses_reference,
 )
+from tribute.behaviors.classifier import ClassifierExtractor, train_or_load_classifier
 from tribute.behaviors.extractors import CLASSIFIER, extractor_names, load_extractor
-from tribute.behaviors.features import ClassifierExtractor, FeatureExtractor, content_hash, train_or_load_classifier
+from tribute.behaviors.features import FeatureExtractor, content_hash
 from tribute.behaviors.reference import Reference, fixed_rows
 from tribute.config import FeatureConfig
 from tribute.data.tensors import TrainingData, gather

@@ -12,7 +12,6 @@ import torch
 
 from tribute.config import PruneConfig, TrainConfig
 from tribute.diffusion.loss import denoising_loss
-from tribute.diffusion.sample import from_uint8
 from tribute.diffusion.train import CheckpointPolicy, Progress
 from tribute.errors import CheckpointError, MixedResultsError
 from tribute.models.build import build_unet
@@ -170,12 +169,14 @@ def _pruning_loss(worker: Worker, model: torch.nn.Module, config: PruneConfig) -
     """Mean loss on fixed training images and noise at one timestep."""
     n_images = min(config.batch_size, worker.data.n_examples)
     rows = np.sort(numpy_stream(config.seed, "pruning images").permutation(worker.data.n_examples)[:n_images])
-    clean = from_uint8(worker.data.images[rows], worker.trainer.device)
+    examples = worker.trainer.examples
+    clean = examples.batch(rows, torch_stream(config.seed, "pruning latents")).to(worker.trainer.device)
+    labels = worker.trainer.labels_for(model, rows)
     noise = torch.randn(clean.shape, generator=torch_stream(config.seed, "pruning noise")).to(clean.device)
 
     def loss_at(timestep: int) -> torch.Tensor:
         timesteps = torch.full((len(clean),), timestep, dtype=torch.long, device=clean.device)
-        return denoising_loss(model, worker.trainer.noise_schedule, clean, noise, timesteps)
+        return denoising_loss(model, worker.trainer.noise_schedule, clean, noise, timesteps, labels)
 
     return loss_at
 

@@ -10,6 +10,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+import torch
+
 from tribute.config import NoiseScheduleConfig, SampleConfig
 from tribute.diffusion.sample import sample_images
 from tribute.types import CoalitionMask, Images
@@ -41,6 +45,8 @@ class ValueFunction:
         sampling: How images are generated.
         noise_schedule: Forward process of the models.
         measure: Behaviors of images, by name.
+        label_counts: Of a coalition, the proportions in which a class-conditional model is asked for labels.
+        decode: From latents to images; None for models of pixels.
     """
 
     def __init__(
@@ -49,17 +55,28 @@ class ValueFunction:
         sampling: SampleConfig,
         noise_schedule: NoiseScheduleConfig,
         measure: Callable[[Images], dict[str, float]],
+        *,
+        label_counts: Callable[[CoalitionMask], npt.NDArray[np.int64]] | None = None,
+        decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.method = method
         self.sampling = sampling
         self.noise_schedule = noise_schedule
         self.measure = measure
+        self.label_counts = label_counts
+        self.decode = decode
 
     def __call__(self, coalition_mask: CoalitionMask, *, opt_seed: int) -> Evaluation:
         """Measure the behaviors of the model of a coalition `(n_contributors,)`."""
         obtained = self.method.obtain(coalition_mask, opt_seed=opt_seed)
         started = time.perf_counter()
-        images = sample_images(obtained.model, self.sampling, self.noise_schedule)
+        images = sample_images(
+            obtained.model,
+            self.sampling,
+            self.noise_schedule,
+            label_counts=None if self.label_counts is None else self.label_counts(coalition_mask),
+            decode=self.decode,
+        )
         sampled = time.perf_counter()
         behaviors = self.measure(images)
         seconds = {

@@ -13,6 +13,7 @@ from tribute.behaviors.features import FeatureExtractor
 from tribute.config import DataConfig, FeatureConfig, Preset, SampleConfig, TrainConfig
 from tribute.data.sources import default_cache_dir, load_training_data
 from tribute.data.tensors import TrainingData
+from tribute.diffusion.examples import PixelExamples
 from tribute.diffusion.train import CheckpointPolicy, Trainer
 from tribute.errors import DataError
 from tribute.models.checkpoint import Checkpoint
@@ -59,20 +60,21 @@ class Worker:
     ) -> None:
         if n_threads is not None:
             torch.set_num_threads(n_threads)
-        data = data or load_training_data(**dict(source))
+        wanted = {**dict(source), "image_size": source.image_size or preset.image_size}
+        data = data or load_training_data(**wanted, image_channels=preset.image_channels)
         height, width, n_channels = data.image_shape
-        expected = (preset.unet.sample_size, preset.unet.sample_size, preset.unet.in_channels)
+        expected = (preset.image_size, preset.image_size, preset.image_channels)
         if (height, width, n_channels) != expected:
             raise DataError(
                 f"the preset expects images of {expected[0]}x{expected[1]} pixels and {expected[2]} channels; "
-                f"found {height}x{width} and {n_channels}. Choose another --preset or --dataset"
+                f"found {height}x{width} and {n_channels}. Choose another --preset, --image_size or --dataset"
             )
         self.source = source
         self.data = data
         self.preset = preset
         self.cache_dir = cache_dir or default_cache_dir()
         self.trainer = Trainer(
-            data.images,
+            PixelExamples(data.images, data.labels),
             preset.noise_schedule,
             mixed_precision=mixed_precision,
             device=device,
@@ -118,7 +120,9 @@ class Worker:
 
     def value_function(self, method: UnlearningMethod, sampling: SampleConfig) -> ValueFunction:
         """v(S) with this worker's behaviors."""
-        return ValueFunction(method, sampling, self.preset.noise_schedule, self.measure)
+        return ValueFunction(
+            method, sampling, self.preset.noise_schedule, self.measure, label_counts=self.data.label_counts
+        )
 
     def fine_tuning(
         self,

@@ -1,0 +1,61 @@
+"""Training examples as the network sees them: rows of one tensor, pixels or latents, with their labels."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tribute.data.tensors import gather
+from tribute.diffusion.sample import from_uint8
+from tribute.types import Images
+
+
+class TrainingExamples(Protocol):
+    """What the training loop draws its batches from."""
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        """`(n_examples,)`, for class-conditional networks; None where there are none."""
+        ...
+
+    @property
+    def can_flip(self) -> bool:
+        """Whether a mirrored example is the example of the mirrored image."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def batch(self, rows: npt.NDArray[np.int64], generator: torch.Generator) -> torch.Tensor:
+        """Rows `(n, channels, height, width)` float32, on the CPU.
+
+        Args:
+            rows: `(n,)`, in any order, with repeats.
+            generator: For what is random in an example, such as the draw from the posterior of its latent. Of the
+                batch's own stream, apart from that of the loss.
+        """
+        ...
+
+
+class PixelExamples:
+    """Images in [-1, 1].
+
+    Args:
+        images: `(n_examples, height, width, channels)` uint8, in memory or memory-mapped.
+        labels: `(n_examples,)`.
+    """
+
+    can_flip = True
+
+    def __init__(self, images: Images, labels: npt.NDArray[np.int64] | None = None) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, rows: npt.NDArray[np.int64], generator: torch.Generator) -> torch.Tensor:
+        """Rows `(n, channels, height, width)` float32 in [-1, 1]; nothing is random."""
+        return from_uint8(gather(self.images, rows))
