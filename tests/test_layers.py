@@ -47,6 +47,7 @@ OWNERS = {
     "ray": {"study"},
     "sklearn": {"data"},
     "sqlalchemy": {"store"},
+    "torch_fidelity": {"behaviors"},
     "torch_pruning": {"models"},
     "torchmetrics": {"behaviors"},
     "transformers": {"behaviors"},
@@ -71,7 +72,7 @@ ALLOWED = {
 # `tribute --help` must not wait for these: nothing that the command line imports at once may import them at once.
 LATE = {
     *("accelerate", "datasets", "diffusers", "matplotlib", "pandas", "pyarrow", "scipy", "sklearn", "sqlalchemy"),
-    *("torch", "torch_pruning", "torchmetrics", "transformers"),
+    *("torch", "torch_fidelity", "torch_pruning", "torchmetrics", "transformers"),
 }
 
 

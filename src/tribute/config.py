@@ -153,6 +153,31 @@ class SampleConfig(Config):
     )
 
 
+class FeatureConfig(Config):
+    """Networks through which behaviors see images, and where their weights are.
+
+    None of this enters the identity of an evaluation: that holds hashes of the weights themselves, so a file may move.
+    """
+
+    extractor: str = Field(default="classifier", description="Of behaviors that name none: `fid`, not `fid@clip`.")
+    weights: dict[str, Path] = Field(
+        default_factory=dict, description="By extractor (inception, vgg16): a file. Others are downloaded."
+    )
+    models: dict[str, str] = Field(
+        default_factory=dict, description="By extractor (clip, blip): a local folder, or the id of a model on the hub."
+    )
+    revisions: dict[str, str] = Field(
+        default_factory=dict, description="By extractor (clip, blip): the commit of a model on the hub."
+    )
+    aesthetic_head: Path | None = Field(default=None, description="Linear head of aesthetic_score, a file.")
+    batch_size: int | None = Field(
+        default=None, gt=0, description="Images per pass of these networks; None: their own."
+    )
+    max_reference: int | None = Field(
+        default=None, gt=1, description="Real images to compare with, a fixed draw; None: all of them."
+    )
+
+
 class Preset(Config):
     """A complete recipe for one dataset."""
 
@@ -192,7 +217,7 @@ def preset_names() -> list[str]:
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
-_PRESET_OF_DATASET = {"cifar2": "cifar", "cifar100": "cifar", "cifar20": "cifar", "cifar20-superclass": "cifar"}
+_PRESET_OF_DATASET = {"cifar2": "cifar20", "cifar100": "cifar", "cifar20-superclass": "cifar20"}
 
 
 def default_preset(dataset: str) -> str:
@@ -301,6 +326,7 @@ class StudyConfig(Config):
     retrained_model: StudyModelConfig = StudyModelConfig()
     sampling: dict[str, Any] = Field(default_factory=dict, description="Changes to the preset's sampling.")
     behaviors: tuple[str, ...] = ("fid", "inception_score")
+    features: FeatureConfig = FeatureConfig()
     fit: FitCoalitionsConfig = FitCoalitionsConfig()
     test: TestCoalitionsConfig = TestCoalitionsConfig()
     estimator: Literal["auto", "gp", "size_adjusted", "ridge", "least_squares", "unbiased", "permutation"] = Field(

@@ -202,3 +202,9 @@ def test_missing_classes_show(
         assert InceptionScore().measure(features, reference) == pytest.approx(n_classes, rel=0.05)
     distances = [FrechetDistance().measure(scores[n], reference) for n in (3, 6, 10)]
     assert distances[0] > 1.5 * distances[1] > 10 * distances[2]
+
+
+def test_splits_are_in_name_variant_and_images_needed() -> None:
+    assert (InceptionScore().name, InceptionScore().variant) == ("inception_score", "1 split")
+    ten = InceptionScore(10)
+    assert (ten.name, ten.variant, ten.min_images) == ("inception_score_10", "10 splits", 20)

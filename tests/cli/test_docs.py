@@ -28,6 +28,7 @@ SHARED_SECTIONS = {
     "Data": arguments.SourceArguments,
     "Coalition": arguments.RemovalArguments,
     "Training": arguments.PublishedTrainingArguments,
+    "Features": arguments.FeatureArguments,
 }
 
 

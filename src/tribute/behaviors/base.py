@@ -6,38 +6,53 @@ import hashlib
 import importlib
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
-from tribute.behaviors.features import (
-    FeatureExtractor,
-    Features,
-    check_images,
-    content_hash,
-    read_artifact,
-    write_artifact,
-)
+from tribute.behaviors.extractors import extractor_names
+from tribute.behaviors.features import FeatureExtractor, Features, check_images
+from tribute.behaviors.reference import Reference, Statistic
+from tribute.config import FeatureConfig
 from tribute.errors import BehaviorError, ConfigError, MixedResultsError
-from tribute.seeding import numpy_stream
 from tribute.types import Images
+
+__all__ = [
+    "DEFAULT_EXTRACTOR",
+    "GLOBAL_BEHAVIORS",
+    "CallableBehavior",
+    "ModelBehavior",
+    "Reference",
+    "Statistic",
+    "behavior_names",
+    "behavior_variant",
+    "extractor_of",
+    "get_behavior",
+    "measure_behaviors",
+    "register_behavior",
+    "uses_reference",
+]
 
 GLOBAL_BEHAVIORS = ("inception_score", "fid", "kid", "precision", "recall", "entropy")
 """The behaviors of all generated images together that `--model_behavior global` measures."""
 
-Statistic = Mapping[str, npt.NDArray[Any]]
-"""Named arrays that a behavior needs of the reference images."""
+DEFAULT_EXTRACTOR = "default"
+"""Stands for whatever extractor a study chose for behaviors that name none."""
 
 
 class ModelBehavior(Protocol):
     """A scalar that describes the images a model generates; raw, never negated.
 
     One file with such a class and one line in `_REGISTRY` (or a call of `register_behavior`) add a behavior.
+
+    Four more members are optional. `extractor`, the name of the feature extractor it is defined for; without it, the
+    study's. `uses_reference`, False if no real images are looked at. `frozen(reference)`, text that identifies what
+    was chosen by looking at the real images; it ends the variant. `with_settings(features)`, which returns the
+    behavior with what a `FeatureConfig` says of it.
     """
 
     @property
@@ -73,88 +88,6 @@ class ModelBehavior(Protocol):
     def measure(self, generated: Features, reference: Reference) -> float:
         """The value for the generated images."""
         ...
-
-
-class Reference:
-    """Features of the real images, and what behaviors computed from them once.
-
-    Attributes:
-        features: Of the real images.
-        extractor_fingerprint: Of the extractor that made them.
-        fingerprint: SHA-256 of the extractor's fingerprint and the images.
-    """
-
-    def __init__(self, features: Features, *, extractor_fingerprint: str) -> None:
-        self.features = features
-        self.extractor_fingerprint = extractor_fingerprint
-        self.fingerprint = content_hash(extractor_fingerprint, features.images)
-        self._statistics: dict[str, dict[str, npt.NDArray[Any]]] = {}
-
-    @classmethod
-    def from_images(cls, images: Images, extractor: FeatureExtractor, batch_size: int = 512) -> Reference:
-        """Extract the features of the real `images`."""
-        return cls(extractor.extract(images, batch_size), extractor_fingerprint=extractor.fingerprint)
-
-    def statistic(self, name: str, compute: Callable[[], Statistic]) -> Statistic:
-        """Named arrays, computed on the first call; `name` states every setting that they depend on."""
-        if name not in self._statistics:
-            self._statistics[name] = {key: np.asarray(array) for key, array in compute().items()}
-        return self._statistics[name]
-
-    def rows(self, max_rows: int) -> npt.NDArray[np.intp]:
-        """Indices of at most `max_rows` reference images: all, or a subset that is always the same."""
-        n_images = len(self.features)
-        if n_images <= max_rows:
-            return np.arange(n_images)
-        stream = numpy_stream(0, "behaviors/reference/rows", n_images, max_rows)
-        return np.sort(stream.choice(n_images, max_rows, replace=False))
-
-    def save(self, folder: Path) -> str:
-        """Freeze features (without the images) and all statistics computed so far in a new folder.
-
-        Returns:
-            SHA-256 of what is frozen.
-
-        Raises:
-            BehaviorError: `folder` exists.
-        """
-        arrays = {"embeddings": self.features.embeddings}
-        if self.features.probabilities is not None:
-            arrays["probabilities"] = self.features.probabilities
-        for name, statistic in self._statistics.items():
-            arrays |= {f"{name}:{key}": array for key, array in statistic.items()}
-        frozen = content_hash(*(part for name in sorted(arrays) for part in (name, arrays[name])))
-        facts = {"fingerprint": self.fingerprint, "extractor": self.extractor_fingerprint, "frozen": frozen}
-        if not write_artifact(folder, arrays, facts):
-            raise BehaviorError(f"{folder} exists; a frozen reference is never overwritten. Choose another folder.")
-        return frozen
-
-    @classmethod
-    def load(cls, folder: Path, images: Images) -> Reference:
-        """Read what `save` froze; `images` are the real images that it was made of.
-
-        Raises:
-            BehaviorError: The folder is missing or damaged.
-            MixedResultsError: It was made of other images.
-        """
-        arrays, facts = read_artifact(folder)
-        if "embeddings" not in arrays:
-            raise BehaviorError(f"{folder} is no frozen reference. Name a folder that Reference.save wrote.")
-        embeddings, probabilities = arrays.pop("embeddings"), arrays.pop("probabilities", None)
-        if len(embeddings) != len(images):
-            found = f"{len(images)} images, frozen with {len(embeddings)}"
-        else:
-            reference = cls(Features(images, embeddings, probabilities), extractor_fingerprint=facts["extractor"])
-            found = f"fingerprint {reference.fingerprint[:12]}, frozen with {facts['fingerprint'][:12]}"
-            if reference.fingerprint == facts["fingerprint"]:
-                for name, array in arrays.items():
-                    statistic, _, key = name.rpartition(":")
-                    reference._statistics.setdefault(statistic, {})[key] = array
-                return reference
-        raise MixedResultsError(
-            f"The reference in {folder} was frozen for other real images: found {found}. "
-            f"Give the same images in the same order, or another folder."
-        )
 
 
 @dataclass(frozen=True)
@@ -201,6 +134,53 @@ class CallableBehavior:
         return float(value)
 
 
+@dataclass(frozen=True)
+class SeenBy:
+    """A behavior of the features of a certain extractor, whatever the study's is: `fid@clip`."""
+
+    behavior: ModelBehavior
+    extractor: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.behavior.name}@{self.extractor}"
+
+    @property
+    def unit(self) -> str:
+        return self.behavior.unit
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.behavior.higher_is_better
+
+    @property
+    def min_images(self) -> int:
+        return self.behavior.min_images
+
+    @property
+    def variant(self) -> str:
+        return self.behavior.variant
+
+    @property
+    def uses_features(self) -> bool:
+        return self.behavior.uses_features
+
+    @property
+    def uses_reference(self) -> bool:
+        return uses_reference(self.behavior)
+
+    def measure(self, generated: Features, reference: Reference) -> float:
+        return self.behavior.measure(generated, reference)
+
+    @property
+    def frozen(self) -> Callable[[Reference], str] | None:
+        return getattr(self.behavior, "frozen", None)
+
+    def with_settings(self, features: FeatureConfig) -> SeenBy:
+        configure = getattr(self.behavior, "with_settings", None)
+        return self if configure is None else replace(self, behavior=configure(features))
+
+
 _REGISTRY: dict[str, str | Callable[[], ModelBehavior]] = {
     "inception_score": "tribute.behaviors.inception:InceptionScore",
     "fid": "tribute.behaviors.inception:FrechetDistance",
@@ -208,7 +188,16 @@ _REGISTRY: dict[str, str | Callable[[], ModelBehavior]] = {
     "precision": "tribute.behaviors.precision_recall:Precision",
     "recall": "tribute.behaviors.precision_recall:Recall",
     "entropy": "tribute.behaviors.diversity:ClusterEntropy",
+    "diversity": "tribute.behaviors.diversity:published_diversity",
+    "vendi": "tribute.behaviors.diversity:VendiScore",
+    "aesthetic_score": "tribute.behaviors.aesthetic:AestheticScore",
 }
+_FAMILIES: dict[str, tuple[re.Pattern[str], str]] = {
+    "inception_score_N": (re.compile(r"inception_score_([1-9]\d*)"), "tribute.behaviors.inception:InceptionScore"),
+    "aesthetic_score_pNN": (re.compile(r"aesthetic_score_p(\d+)"), "tribute.behaviors.aesthetic:AestheticScore"),
+}
+"""Behaviors with a whole number in their names, which their class takes as its first argument."""
+
 _ALIASES = {"is": "inception_score", "fid_value": "fid", "diversity_score": "entropy"}
 
 
@@ -226,46 +215,68 @@ def register_behavior(name: str, factory: str | Callable[[], ModelBehavior], *, 
         aliases: Further names that `get_behavior` accepts.
 
     Raises:
-        ConfigError: A name is taken or has a colon.
+        ConfigError: A name is taken, or has a colon or an @.
     """
     for new in (name, *aliases):
-        if ":" in new or new in _REGISTRY or new in _ALIASES:
+        if ":" in new or "@" in new or new in _REGISTRY or new in _ALIASES:
             raise ConfigError(
-                f"A behavior's name must be new and without a colon; found {new!r}. "
+                f"A behavior's name must be new and without : and @; found {new!r}. "
                 f"Taken are {', '.join(sorted([*_REGISTRY, *_ALIASES]))}."
             )
     _REGISTRY[name] = factory
     _ALIASES.update(dict.fromkeys(aliases, name))
 
 
-def get_behavior(name: str, *, higher_is_better: bool | None = None) -> ModelBehavior:
+def get_behavior(
+    name: str, *, higher_is_better: bool | None = None, features: FeatureConfig | None = None
+) -> ModelBehavior:
     """Find a behavior by its name or alias, or make one of a user's function.
 
     Args:
-        name: A known name, or `module:function`, `module:function:higher` or `module:function:lower` for any
-            importable function of images. Without a direction, higher is better.
+        name: A known name, `fid@clip` for a known behavior of the features of a certain extractor, or
+            `module:function`, `module:function:higher` or `module:function:lower` for any importable function of
+            images. Without a direction, higher is better.
         higher_is_better: The direction of a user's function, if `name` does not say it.
+        features: Settings for behaviors that need a file of their own.
 
     Raises:
         ConfigError: The name is unknown, or a direction is not one or contradicts the other.
-        BehaviorError: The user's function cannot be imported or is not callable.
+        BehaviorError: The user's function cannot be imported or is not callable, or a file is missing.
     """
     if ":" in name:
         return _user_behavior(name, higher_is_better)
-    known = _ALIASES.get(name, name)
-    if known not in _REGISTRY:
+    known, _, extractor = name.partition("@")
+    behavior = _known_behavior(_ALIASES.get(known, known))
+    if behavior is None:
         raise ConfigError(
-            f"Unknown behavior {name!r}. Known are {', '.join(sorted([*_REGISTRY, *_ALIASES]))}; "
+            f"Unknown behavior {known!r}. Known are {', '.join(sorted([*_REGISTRY, *_FAMILIES, *_ALIASES]))}; "
             f"or give a function of your own as module:function."
         )
-    factory = _REGISTRY[known]
-    behavior: ModelBehavior = (_import_attribute(factory) if isinstance(factory, str) else factory)()
+    if "@" in name:
+        if extractor not in extractor_names() or not behavior.uses_features:
+            raise ConfigError(
+                f"Behavior {name!r}: expected one of the feature extractors {', '.join(extractor_names())} after the "
+                f"@ of a behavior that uses features; found {extractor!r}. Correct it, or leave it out for the "
+                "study's own."
+            )
+        behavior = SeenBy(behavior, extractor)
     if higher_is_better not in (None, behavior.higher_is_better):
         raise ConfigError(
             f"Behavior {name!r} has a fixed direction, {_direction(behavior.higher_is_better)} is better; "
             f"found {_direction(not behavior.higher_is_better)}. Leave the direction out."
         )
-    return behavior
+    configure = getattr(behavior, "with_settings", None)
+    return behavior if configure is None or features is None else configure(features)
+
+
+def _known_behavior(name: str) -> ModelBehavior | None:
+    if name in _REGISTRY:
+        factory = _REGISTRY[name]
+        return (_import_attribute(factory) if isinstance(factory, str) else factory)()
+    for pattern, location in _FAMILIES.values():
+        if match := pattern.fullmatch(name):
+            return _import_attribute(location)(int(match[1]))
+    return None
 
 
 def _user_behavior(name: str, higher_is_better: bool | None) -> CallableBehavior:
@@ -316,27 +327,49 @@ def _direction(higher_is_better: bool) -> str:
     return "higher" if higher_is_better else "lower"
 
 
-def behavior_variant(behavior: ModelBehavior, extractor: FeatureExtractor | None) -> str:
-    """What makes values of `behavior` comparable, to be stored with them: extractor, its hash, settings."""
+def extractor_of(behavior: ModelBehavior) -> str:
+    """Name of the extractor whose features `behavior` looks at; `DEFAULT_EXTRACTOR` if it names none."""
+    return getattr(behavior, "extractor", None) or DEFAULT_EXTRACTOR
+
+
+def uses_reference(behavior: ModelBehavior) -> bool:
+    """Whether `behavior` compares with features of real images."""
+    return behavior.uses_features and getattr(behavior, "uses_reference", True)
+
+
+def behavior_variant(
+    behavior: ModelBehavior, extractor: FeatureExtractor | None, reference: Reference | None = None
+) -> str:
+    """What makes values of `behavior` comparable, to be stored with them.
+
+    That is: the extractor, the start of its hash, how it prepares images; the behavior's settings; and what the
+    behavior froze of the `reference`, if it is given and the behavior freezes anything.
+    """
     if not behavior.uses_features or extractor is None:
         return behavior.variant
-    return f"{extractor.name} {extractor.fingerprint[:12]}; {behavior.variant}"
+    preparation = getattr(extractor, "preparation", "")
+    seen_by = f"{extractor.name} {extractor.fingerprint[:12]}" + (f", {preparation}" if preparation else "")
+    freeze = getattr(behavior, "frozen", None)
+    frozen = "" if freeze is None or reference is None else freeze(reference)
+    return "; ".join(part for part in (seen_by, behavior.variant, frozen) if part)
 
 
 def measure_behaviors(
     images: Images,
     behaviors: Sequence[ModelBehavior],
     *,
-    extractor: FeatureExtractor | None = None,
-    reference: Reference | None = None,
+    extractor: FeatureExtractor | Mapping[str, FeatureExtractor] | None = None,
+    reference: Reference | Mapping[str, Reference] | None = None,
 ) -> dict[str, float]:
-    """Measure all `behaviors` of the generated `images` in one feature pass.
+    """Measure all `behaviors` of the generated `images`, with one feature pass per extractor.
 
     Args:
         images: `(n_images, height, width, channels)`.
         behaviors: With different names.
-        extractor: Not needed if no behavior uses features.
-        reference: Real images, of the same extractor.
+        extractor: One for all behaviors that name none or name this one; or several by name, where `default` serves
+            behaviors that name none. Not needed if no behavior uses features.
+        reference: Real images as seen by the same extractor, or by each of several; not needed of an extractor whose
+            behaviors compare with nothing.
 
     Returns:
         Raw values by behavior name, in the given order.
@@ -344,8 +377,8 @@ def measure_behaviors(
     Raises:
         BehaviorError: There are fewer images than a behavior needs (found before the pass), or a value is not
             finite.
-        ConfigError: Two behaviors have one name, or the extractor or the reference is missing.
-        MixedResultsError: The reference was made by another extractor.
+        ConfigError: Two behaviors have one name, or an extractor or a reference is missing.
+        MixedResultsError: A reference was made by another extractor.
     """
     check_images(images)
     names = [behavior.name for behavior in behaviors]
@@ -357,10 +390,22 @@ def measure_behaviors(
                 f"Behavior {behavior.name!r} ({behavior.variant}) needs at least {behavior.min_images} "
                 f"images; found {len(images)}. Generate more images, or leave this behavior out."
             )
-    generated, reference = _features(images, behaviors, extractor, reference)
+    extractors = _by_name(extractor)
+    references = _by_name(reference, names=extractors)
+    _check_what_is_needed(behaviors, extractors, references)
+
+    seen: dict[str, Features] = {}  # by fingerprint: two names of one network are one pass
     values = {}
     for behavior in behaviors:
-        value = behavior.measure(generated, reference)
+        if not behavior.uses_features:
+            generated, real = Features(images, np.empty((len(images), 0), np.float32)), Reference.empty(images)
+        else:
+            found = extractors[extractor_of(behavior)]
+            if found.fingerprint not in seen:
+                seen[found.fingerprint] = found.extract(images)
+            generated = seen[found.fingerprint]
+            real = references[extractor_of(behavior)] if uses_reference(behavior) else Reference.empty(images)
+        value = behavior.measure(generated, real)
         if not math.isfinite(value):
             raise BehaviorError(
                 f"Behavior {behavior.name!r} must be a finite number; found {value} for {len(images)} "
@@ -370,27 +415,46 @@ def measure_behaviors(
     return values
 
 
-def _features(
-    images: Images,
+_Given = TypeVar("_Given", FeatureExtractor, Reference)
+
+
+def _by_name(given: _Given | Mapping[str, _Given] | None, names: Mapping[str, Any] | None = None) -> dict[str, _Given]:
+    """What is given, by extractor name; a single extractor has its own name and `default`, a reference all `names`."""
+    if given is None:
+        return {}
+    if isinstance(given, Mapping):
+        return dict(given)
+    if names is None:
+        names = dict.fromkeys((DEFAULT_EXTRACTOR, getattr(given, "name", DEFAULT_EXTRACTOR)))
+    return dict.fromkeys(names or (DEFAULT_EXTRACTOR,), given)
+
+
+def _check_what_is_needed(
     behaviors: Sequence[ModelBehavior],
-    extractor: FeatureExtractor | None,
-    reference: Reference | None,
-) -> tuple[Features, Reference]:
-    """Features of the generated images, and their reference; both without embeddings if none are used."""
-    needy = [behavior.name for behavior in behaviors if behavior.uses_features]
-    if not needy:
-        empty = Features(images, np.empty((len(images), 0), np.float32))
-        return empty, reference or Reference(Features(images[:0], empty.embeddings[:0]), extractor_fingerprint="")
-    if extractor is None or reference is None:
-        raise ConfigError(
-            f"Behaviors {', '.join(needy)} need a feature extractor and the features of real images; found "
-            f"{'no extractor' if extractor is None else 'no reference'}. Pass both, or only functions of "
-            "images."
-        )
-    if extractor.fingerprint != reference.extractor_fingerprint:
-        raise MixedResultsError(
-            f"Generated and real images must be seen by one extractor; found {extractor.name} "
-            f"{extractor.fingerprint[:12]} and a reference made by {reference.extractor_fingerprint[:12]}. "
-            f"Make the reference again with Reference.from_images."
-        )
-    return extractor.extract(images), reference
+    extractors: Mapping[str, FeatureExtractor],
+    references: Mapping[str, Reference],
+) -> None:
+    """Every behavior has its extractor, and where it compares a reference made by it; nothing was extracted yet."""
+    for behavior in behaviors:
+        if not behavior.uses_features:
+            continue
+        name = extractor_of(behavior)
+        if name not in extractors:
+            raise ConfigError(
+                f"Behavior {behavior.name!r} needs the feature extractor {name!r}; found "
+                f"{', '.join(extractors) or 'no extractor'}. Pass it, or measure only what needs none."
+            )
+        if not uses_reference(behavior):
+            continue
+        if name not in references:
+            raise ConfigError(
+                f"Behavior {behavior.name!r} compares with real images as seen by {name!r}; found "
+                f"{', '.join(references) or 'no reference'}. Pass Reference.from_images(images, extractor)."
+            )
+        made_by, asked = references[name].extractor_fingerprint, extractors[name].fingerprint
+        if made_by != asked:
+            raise MixedResultsError(
+                f"Generated and real images must be seen by one extractor; found {extractors[name].name} "
+                f"{asked[:12]} and a reference made by {made_by[:12]}. "
+                f"Make the reference again with Reference.from_images."
+            )

@@ -14,8 +14,8 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from tribute.behaviors.base import Reference, Statistic
 from tribute.behaviors.features import Features
+from tribute.behaviors.reference import Reference, Statistic
 from tribute.errors import BehaviorError
 
 Float64s = npt.NDArray[np.float64]
@@ -30,17 +30,22 @@ class InceptionScore:
 
     From 1 (all images alike, or no idea what they are) to the number of classes. With several splits,
     consecutive images form a split and the scores are averaged; that lowers the score of small sets. The
-    default of one split is that of the published attribution code; ten are customary with 50,000 images.
+    default of one split is that of the published attribution code; ten are customary with 50,000 images, and
+    are measured under the name `inception_score_10`.
 
     References:
         Salimans et al. (2016), section 4.
     """
 
     n_splits: int = 1
-    name: ClassVar[str] = "inception_score"
     unit: ClassVar[str] = "effective classes"
     higher_is_better: ClassVar[bool] = True
     uses_features: ClassVar[bool] = True
+    uses_reference: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return "inception_score" if self.n_splits == 1 else f"inception_score_{self.n_splits}"
 
     @property
     def min_images(self) -> int:
@@ -56,7 +61,7 @@ class InceptionScore:
         if generated.probabilities is None:
             raise BehaviorError(
                 "The Inception Score needs class probabilities; this feature extractor has none. "
-                "Choose a classifier as extractor, or another behavior."
+                "Choose one that classifies, as in inception_score@inception, or another behavior."
             )
         scores = []
         for split in np.array_split(generated.probabilities.astype(np.float64), self.n_splits):

@@ -15,8 +15,8 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from tribute.behaviors.base import Reference
 from tribute.behaviors.features import Features
+from tribute.behaviors.reference import Reference
 from tribute.errors import BehaviorError
 
 _BLOCK_ENTRIES = 2**22

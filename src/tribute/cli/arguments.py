@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from tribute.cli.console import print_line
-from tribute.config import DataConfig, Preset, default_preset, load_preset, preset_names
+from tribute.config import DataConfig, FeatureConfig, Preset, default_preset, load_preset, preset_names
 from tribute.data.registry import HUB_PREFIX, SOURCES, find_source
 from tribute.errors import ConfigError, NotImplementedYet
 from tribute.games.removal import canonical_removal_dist
@@ -136,6 +136,57 @@ class RemovalArguments(Arguments):
             "datamodel_alpha": self.datamodel_alpha if removal_dist == "datamodel" else None,
             "removal_seed": self.removal_seed if drawn else None,
         }
+
+
+class FeatureArguments(Arguments):
+    """Flags that choose the networks through which behaviors see images."""
+
+    feature_extractor: str = Field(
+        default="classifier", description="Of behaviors that name none: classifier, inception, vgg16, clip, blip."
+    )
+    feature_weights: tuple[str, ...] = Field(
+        default=(), description="Weights from a file: inception=PATH, vgg16=PATH; PATH alone if only one is in use."
+    )
+    feature_models: tuple[str, ...] = Field(
+        default=(), description="clip=MODEL, blip=MODEL: a local folder, or the id of a model on the hub."
+    )
+    feature_revisions: tuple[str, ...] = Field(
+        default=(), description="clip=COMMIT, blip=COMMIT: for an id of your own on the hub."
+    )
+    feature_batch_size: int | None = Field(default=None, gt=0, description="Images per pass; None: the network's own.")
+    max_reference: int | None = Field(default=None, gt=1, description="Real images to compare with; None: all.")
+    aesthetic_head: Path | None = Field(default=None, description="Linear head of aesthetic_score, a file.")
+
+    def features(self, behaviors: Sequence[str]) -> FeatureConfig:
+        """The settings that the flags mean, for these behaviors."""
+        used = {name.partition("@")[2] or self.feature_extractor for name in behaviors}
+        return FeatureConfig.parse(
+            {
+                "extractor": self.feature_extractor,
+                "weights": _by_extractor("--feature_weights", self.feature_weights, used & {"inception", "vgg16"}),
+                "models": _by_extractor("--feature_models", self.feature_models),
+                "revisions": _by_extractor("--feature_revisions", self.feature_revisions),
+                "batch_size": self.feature_batch_size,
+                "max_reference": self.max_reference,
+                "aesthetic_head": self.aesthetic_head,
+            },
+            where="feature flags",
+        )
+
+
+def _by_extractor(flag: str, entries: Sequence[str], candidates: Collection[str] = ()) -> dict[str, str]:
+    """`NAME=VALUE` entries as a mapping; a value alone belongs to the one candidate."""
+    found: dict[str, str] = {}
+    for entry in entries:
+        name, separator, value = entry.partition("=")
+        if not separator and len(candidates) == 1:
+            name, value = next(iter(candidates)), entry
+        if not name or not value or name in found:
+            raise ConfigError(
+                f"{flag}: expected NAME=VALUE with each extractor once, such as inception=PATH; found {entry!r}"
+            )
+        found[name] = value
+    return found
 
 
 class PublishedTrainingArguments(Arguments):

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from tribute.cli.arguments import (
     DataArguments,
+    FeatureArguments,
     Pruner,
     PublishedTrainingArguments,
     RemovalArguments,
@@ -27,7 +28,7 @@ from tribute.study.layout import dataset_name, models_dir, removal_name
 from tribute.unlearning.base import check_method
 
 
-class UnlearnArguments(DataArguments, RemovalArguments, PublishedTrainingArguments):
+class UnlearnArguments(DataArguments, RemovalArguments, PublishedTrainingArguments, FeatureArguments):
     """Flags of `unlearn.py`."""
 
     load: Path = Field(
@@ -38,7 +39,7 @@ class UnlearnArguments(DataArguments, RemovalArguments, PublishedTrainingArgumen
     method: str = Field(description="gd or retrain; ga, lora and iu are not in this version.")
     model_behavior: str = Field(
         default="global",
-        description="global, or a list such as fid,is,my_module:my_function:lower; local is to come.",
+        description="global, or a list such as fid,is,kid@clip,my_module:my_function:lower; local is to come.",
     )
     gd_steps: int | None = Field(default=None, ge=0, description="Updates of --method gd; None: the preset's.")
     batch_size: int | None = Field(default=None, gt=0, description="Examples per update; None: the preset's.")
@@ -66,6 +67,7 @@ def run(argv: Sequence[str], prog: str) -> None:
     check_method(arguments.method)
     arguments.refuse_what_is_missing()
     behaviors = behavior_list(arguments.model_behavior)
+    features = arguments.features(behaviors)
     checkpoint = load_checkpoint(arguments.load)
     check_pruning_flags(arguments, checkpoint)
     source = arguments.source(checkpoint.meta.get("source"))
@@ -92,6 +94,7 @@ def run(argv: Sequence[str], prog: str) -> None:
                 "train": train,
                 "sampling": sampling,
                 "behaviors": behaviors,
+                "features": features,
                 "removal": removal,
                 "db": arguments.db,
                 "exp_name": arguments.exp_name,
@@ -111,6 +114,7 @@ def run(argv: Sequence[str], prog: str) -> None:
             source,
             preset,
             behaviors=behaviors,
+            features=features,
             mixed_precision=train.mixed_precision if train else "no",
             device=arguments.device,
             n_threads=arguments.n_threads,

@@ -44,6 +44,11 @@ _MAY_CHANGE = {
     "outdir",
     "n_threads",
     "estimator",
+    "features.weights",
+    "features.models",
+    "features.revisions",
+    "features.aesthetic_head",
+    "features.batch_size",
     "fit.n_coalitions",
     "fit.until_interval",
     "fit.leave_one_out",
@@ -137,14 +142,16 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult:
         config.data,
         preset,
         behaviors=config.behaviors,
+        features=config.features,
         mixed_precision=preset.train_config("retrain").mixed_precision,
         n_threads=config.n_threads,
     )
     claim_run_dir(config)  # only now: what is wrong in the settings must not be kept as the study's
     data, table = worker.data, worker.data.contributors
     listener.message(f"{data.n_examples:,} images of {table.n_contributors} contributors")
-    if worker.uses_features:
-        listener.message(f"classifier: held-out accuracy {worker.extractor.held_out_accuracy:.1%}")
+    worker.behavior_definitions()  # loads every extractor: what is missing is found before hours of training
+    if worker.classifier_accuracy is not None:
+        listener.message(f"classifier: held-out accuracy {worker.classifier_accuracy:.1%}")
     full, sparse = _train_and_prune(config, preset, worker, listener)
     sft = train_settings(preset, config.gd, "gd", config.opt_seed)
     retrain = train_settings(preset, config.retrained_model, "retrain", config.opt_seed)
@@ -207,7 +214,7 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult:
         behaviors=results,
         timings=timings,
         models=models,
-        classifier_accuracy=worker.extractor.held_out_accuracy if worker.uses_features else None,
+        classifier_accuracy=worker.classifier_accuracy,
         provenance=provenance(str(worker.trainer.device)),
     )
 
@@ -232,10 +239,10 @@ def claim_run_dir(config: StudyConfig) -> None:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings with dotted names; a mapping of free form stays one value."""
+    """Nested settings with dotted names; a mapping with free keys stays one value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict) and key != "sampling":
+        if isinstance(value, dict) and key not in ("sampling", "weights", "models", "revisions"):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from tribute.behaviors.base import Reference, behavior_variant, get_behavior, measure_behaviors
-from tribute.config import DataConfig, Preset, SampleConfig, TrainConfig
+from tribute.behaviors.base import ModelBehavior, Reference
+from tribute.behaviors.features import FeatureExtractor
+from tribute.config import DataConfig, FeatureConfig, Preset, SampleConfig, TrainConfig
 from tribute.data.sources import default_cache_dir, load_training_data
 from tribute.data.tensors import TrainingData
 from tribute.diffusion.examples import PixelExamples
 from tribute.diffusion.train import CheckpointPolicy, Trainer
 from tribute.errors import DataError
 from tribute.models.checkpoint import Checkpoint
+from tribute.study.measurement import Measurement
 from tribute.study.value_function import ValueFunction
 from tribute.types import Images
 from tribute.unlearning.as_is import AsIs
@@ -24,22 +25,20 @@ from tribute.unlearning.base import UnlearningMethod
 from tribute.unlearning.gd import FineTuning
 from tribute.unlearning.retrain import Retraining
 
-if TYPE_CHECKING:
-    from tribute.behaviors.classifier import ClassifierExtractor
-
 
 class Worker:
-    """Data, trainer, feature extractor and reference statistics of one process.
+    """Data, trainer, feature extractors and reference statistics of one process.
 
     Args:
         source: Where the training set comes from.
         preset: Recipe of the dataset.
         data: The training set; None loads `source`.
         behaviors: Names of the behaviors to measure.
+        features: Networks through which they see images, and where their weights are; None: the defaults.
         mixed_precision: `no`, `fp16` or `bf16`.
         device: Where to train; None lets Accelerate choose.
         n_threads: Threads of this process; None leaves PyTorch's choice.
-        cache_dir: Where the classifier is kept.
+        cache_dir: Where the classifier and features of real images are kept.
         log_with: Trackers of Accelerate.
         project_dir: Where trackers write.
     """
@@ -51,6 +50,7 @@ class Worker:
         *,
         data: TrainingData | None = None,
         behaviors: Sequence[str] = (),
+        features: FeatureConfig | None = None,
         mixed_precision: str = "no",
         device: str | None = None,
         n_threads: int | None = None,
@@ -72,7 +72,6 @@ class Worker:
         self.source = source
         self.data = data
         self.preset = preset
-        self.behaviors = [get_behavior(name) for name in behaviors]
         self.cache_dir = cache_dir or default_cache_dir()
         self.trainer = Trainer(
             PixelExamples(data.images, data.labels),
@@ -82,47 +81,42 @@ class Worker:
             log_with=log_with,
             project_dir=project_dir,
         )
-
-    @cached_property
-    def extractor(self) -> ClassifierExtractor:
-        """The in-domain classifier, trained on the dataset's real images once and cached."""
-        from tribute.behaviors.classifier import train_or_load_classifier
-
-        return train_or_load_classifier(
-            self.data.reference_images,
-            self.data.reference_labels,
-            label_names=list(self.data.label_names),
-            cache_dir=self.cache_dir / "classifiers",
-            device=str(self.trainer.device),
+        self.measurement = Measurement(
+            behaviors, data, features or FeatureConfig(), cache_dir=self.cache_dir, device=str(self.trainer.device)
         )
 
-    @cached_property
+    @property
+    def behaviors(self) -> list[ModelBehavior]:
+        """The behaviors to measure."""
+        return self.measurement.behaviors
+
+    @property
+    def extractor(self) -> FeatureExtractor:
+        """The extractor of behaviors that name none: the in-domain classifier, unless the study chose another."""
+        return self.measurement.extractor()
+
+    @property
     def reference(self) -> Reference:
-        """Features and statistics of the dataset's real images."""
-        return Reference.from_images(self.data.reference_images, self.extractor)
+        """The dataset's real images as `extractor` sees them."""
+        return self.measurement.reference()
+
+    @property
+    def classifier_accuracy(self) -> float | None:
+        """Held-out accuracy of the in-domain classifier; None if no behavior looks through it."""
+        return self.measurement.classifier.held_out_accuracy if self.measurement.uses_classifier else None
 
     @property
     def uses_features(self) -> bool:
-        """Whether any behavior needs the feature extractor."""
-        return any(behavior.uses_features for behavior in self.behaviors)
+        """Whether any behavior needs a feature extractor."""
+        return self.measurement.uses_features
 
     def measure(self, images: Images) -> dict[str, float]:
         """Behaviors of generated images, by name."""
-        if not self.uses_features:
-            return measure_behaviors(images, self.behaviors)
-        return measure_behaviors(images, self.behaviors, extractor=self.extractor, reference=self.reference)
+        return self.measurement.measure(images)
 
     def behavior_definitions(self) -> dict[str, dict[str, Any]]:
         """Unit, direction and variant of every behavior, to be stored with its values."""
-        extractor = self.extractor if self.uses_features else None
-        return {
-            behavior.name: {
-                "unit": behavior.unit,
-                "higher_is_better": behavior.higher_is_better,
-                "variant": behavior_variant(behavior, extractor),
-            }
-            for behavior in self.behaviors
-        }
+        return self.measurement.definitions()
 
     def value_function(self, method: UnlearningMethod, sampling: SampleConfig) -> ValueFunction:
         """v(S) with this worker's behaviors."""

@@ -1,0 +1,63 @@
+"""What pretrained extractors share: images to network and back, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tribute.behaviors.features import Features, check_images
+from tribute.errors import BehaviorError
+from tribute.types import Images
+
+if TYPE_CHECKING:
+    import torch
+
+Forward = Callable[["torch.Tensor"], "tuple[torch.Tensor, torch.Tensor | None]"]
+"""Embeddings `(b, n_dims)` and class probabilities `(b, n_classes)`, or None, of RGB images `(b, 3, h, w)` uint8."""
+
+
+@dataclass(frozen=True)
+class NetworkExtractor:
+    """Features from a frozen network; it takes images of any size.
+
+    Attributes:
+        name: Which network it is.
+        fingerprint: SHA-256 of its weights.
+        preparation: How images are made to fit the network; a part of the variant.
+        forward: The network, in evaluation mode, with its preparation.
+        batch_size: Images per pass. It changes features by rounding at most.
+        device: Where `forward` wants images.
+    """
+
+    name: str
+    fingerprint: str
+    preparation: str
+    forward: Forward
+    batch_size: int
+    device: str
+
+    def extract(self, images: Images, batch_size: int | None = None) -> Features:
+        """Features of `images` `(n_images, height, width, 1 or 3)`; one channel is taken for grey.
+
+        Raises:
+            BehaviorError: They are no images, or the network gives NaN or infinity.
+        """
+        import torch
+
+        check_images(images)
+        if not len(images):
+            raise BehaviorError(f"The extractor {self.name} needs at least 1 image; found none.")
+        step = batch_size or self.batch_size
+        embeddings, probabilities = [], []
+        with torch.inference_mode():
+            for start in range(0, len(images), step):
+                batch = torch.from_numpy(np.array(images[start : start + step])).to(self.device)
+                pixels = batch.permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()  # (b, 3, h, w)
+                embedded, classes = self.forward(pixels)
+                embeddings.append(embedded.float().cpu().numpy())
+                if classes is not None:
+                    probabilities.append(classes.float().cpu().numpy())
+        return Features(images, np.concatenate(embeddings), np.concatenate(probabilities) if probabilities else None)

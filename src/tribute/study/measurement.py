@@ -1,0 +1,142 @@
+"""What a study measures: behaviors, the extractors they look through, and the real images they compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tribute.behaviors.base import (
+    DEFAULT_EXTRACTOR,
+    ModelBehavior,
+    behavior_variant,
+    extractor_of,
+    get_behavior,
+    measure_behaviors,
+    uses_reference,
+)
+from tribute.behaviors.classifier import ClassifierExtractor, train_or_load_classifier
+from tribute.behaviors.extractors import CLASSIFIER, extractor_names, load_extractor
+from tribute.behaviors.features import FeatureExtractor, content_hash
+from tribute.behaviors.reference import Reference, fixed_rows
+from tribute.config import FeatureConfig
+from tribute.data.tensors import TrainingData, gather
+from tribute.errors import ConfigError
+from tribute.types import Images
+
+
+class Measurement:
+    """Behaviors with everything they need, made on first use and then kept.
+
+    Args:
+        behaviors: Names of behaviors.
+        data: Holds the real images.
+        features: Extractors and their weights.
+        cache_dir: Where classifiers and reference features are kept.
+        device: Where networks run.
+    """
+
+    def __init__(
+        self, behaviors: Sequence[str], data: TrainingData, features: FeatureConfig, *, cache_dir: Path, device: str
+    ) -> None:
+        if features.extractor not in extractor_names():
+            raise ConfigError(
+                f"features.extractor: expected one of {', '.join(extractor_names())}; found {features.extractor!r}"
+            )
+        self.behaviors = [get_behavior(name, features=features) for name in behaviors]
+        self.data = data
+        self.features = features
+        self.cache_dir = cache_dir
+        self.device = device
+        self._extractors: dict[str, FeatureExtractor] = {}
+        self._references: dict[str, Reference] = {}
+
+    @cached_property
+    def classifier(self) -> ClassifierExtractor:
+        """The in-domain classifier, trained on the dataset's real images once and cached."""
+        return train_or_load_classifier(
+            self.data.reference_images,
+            self.data.reference_labels,
+            label_names=list(self.data.label_names),
+            cache_dir=self.cache_dir / "classifiers",
+            device=self.device,
+        )
+
+    def extractor(self, name: str = DEFAULT_EXTRACTOR) -> FeatureExtractor:
+        """An extractor by name."""
+        name = self._resolve(name)
+        if name == CLASSIFIER:
+            return self.classifier
+        if name not in self._extractors:
+            self._extractors[name] = load_extractor(name, self.features, self.device)
+        return self._extractors[name]
+
+    def reference(self, name: str = DEFAULT_EXTRACTOR) -> Reference:
+        """The dataset's real images, or a fixed draw of them, as an extractor sees them."""
+        name = self._resolve(name)
+        if name not in self._references:
+            images, images_sha256 = self._real_images
+            self._references[name] = Reference.cached(
+                images,
+                self.extractor(name),
+                cache_dir=self.cache_dir / "references",
+                images_sha256=images_sha256,
+            )
+        return self._references[name]
+
+    @cached_property
+    def _real_images(self) -> tuple[Images, str]:
+        """Images to compare with, and what identifies them."""
+        images, sha256 = self.data.reference_images, self.data.manifest["sha256"]["reference_images"]
+        n_most = self.features.max_reference
+        if n_most is None or len(images) <= n_most:
+            return images, sha256
+        return gather(images, fixed_rows(len(images), n_most)), content_hash(sha256, f"{n_most} rows")
+
+    @property
+    def uses_features(self) -> bool:
+        """Whether any behavior needs a feature extractor."""
+        return any(behavior.uses_features for behavior in self.behaviors)
+
+    @property
+    def uses_classifier(self) -> bool:
+        """Whether any behavior looks through the in-domain classifier."""
+        return CLASSIFIER in {self._resolve(extractor_of(b)) for b in self.behaviors if b.uses_features}
+
+    def measure(self, images: Images) -> dict[str, float]:
+        """Behaviors of generated images, by name."""
+        needy = [behavior for behavior in self.behaviors if behavior.uses_features]
+        comparing = [behavior for behavior in needy if uses_reference(behavior)]
+        return measure_behaviors(
+            images,
+            self.behaviors,
+            extractor={name: self.extractor(name) for name in map(extractor_of, needy)},
+            reference={name: self.reference(name) for name in map(extractor_of, comparing)},
+        )
+
+    def definitions(self) -> dict[str, dict[str, Any]]:
+        """Unit, direction and variant of every behavior, to be stored with its values."""
+        return {
+            behavior.name: {
+                "unit": behavior.unit,
+                "higher_is_better": behavior.higher_is_better,
+                "variant": self._variant(behavior),
+            }
+            for behavior in self.behaviors
+        }
+
+    def _variant(self, behavior: ModelBehavior) -> str:
+        if not behavior.uses_features:
+            return behavior_variant(behavior, None)
+        name = extractor_of(behavior)
+        # Real images are looked at only by behaviors that freeze something of them: the variant is needed early.
+        freezes = uses_reference(behavior) and getattr(behavior, "frozen", None) is not None
+        variant = behavior_variant(behavior, self.extractor(name), self.reference(name) if freezes else None)
+        n_all, n_most = len(self.data.reference_images), self.features.max_reference
+        if uses_reference(behavior) and n_most is not None and n_most < n_all:
+            variant += f"; {n_most} of {n_all} real images, a fixed draw"
+        return variant
+
+    def _resolve(self, name: str) -> str:
+        return self.features.extractor if name == DEFAULT_EXTRACTOR else name
