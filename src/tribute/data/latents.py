@@ -131,12 +131,18 @@ def find_latents(folder: Path, source: LatentSource) -> LatentCache:
         DataError: There are none of this dataset.
         MixedResultsError: There are some, but of another codec, other images or another size; it shows both.
     """
-    for path in _cache_dirs(folder):
-        found = _source_of(path)
-        if not _differences(source, found):
-            return open_latents(path)
-    others = [(path, _source_of(path)) for path in _cache_dirs(folder)]
-    alike = [(path, found) for path, found in others if found.get("dataset") == source.dataset] or others
+    caches = [(path.parent, _source_of(path.parent)) for path in sorted(folder.glob("[!.]*/manifest.json"))]
+    caches = [(path, found) for path, found in caches if found]
+    fitting = [path for path, found in caches if not _differences(source, found)]
+    if len(fitting) > 1:  # only where the fingerprint is not known
+        raise MixedResultsError(
+            f"--precompute_stage reuse: expected one cache for the codec {source.codec['path']}, found {len(fitting)}, "
+            f"of different codecs: {', '.join(path.name for path in fitting)} in {folder}. Give the codec's files by "
+            "--codec PATH, so that the right one can be told"
+        )
+    if fitting:
+        return open_latents(fitting[0])
+    alike = [(path, found) for path, found in caches if found.get("dataset") == source.dataset] or caches
     if not alike:
         raise DataError(
             f"--precompute_stage reuse: expected latents of {source.dataset!r} below {folder}, found none; encode the "
@@ -148,10 +154,6 @@ def find_latents(folder: Path, source: LatentSource) -> LatentCache:
         f"{'; '.join(_differences(source, found))}. Give what they were made from, or encode these images first with "
         "--precompute_stage save"
     )
-
-
-def _cache_dirs(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob("[!.]*/manifest.json"))
 
 
 def _source_of(cache_dir: Path) -> dict[str, Any]:

@@ -132,9 +132,9 @@ def check_codec_fits(files: CodecFiles, config: CodecConfig, unet: UNetConfig) -
     if latent != (unet.in_channels, unet.sample_size):
         raise ConfigError(
             f"codec {files.folder}: the latent of an image of {image_size}x{image_size} pixels has {latent[0]} "
-            f"channels and {latent[1]:g}x{latent[1]:g} pixels (factor {files.factor}); the UNet takes {unet.in_channels} "
-            f"channels and {unet.sample_size}x{unet.sample_size} (codec.factor {config.factor}). Choose another "
-            "--codec, or set unet and codec.factor in a --preset file"
+            f"channels and {latent[1]:g}x{latent[1]:g} pixels (factor {files.factor}); the UNet takes "
+            f"{unet.in_channels} channels and {unet.sample_size}x{unet.sample_size} (codec.factor {config.factor}). "
+            "Choose another --codec, or set unet and codec.factor in a --preset file"
         )
     if files.image_channels != config.image_channels:
         raise ConfigError(
