@@ -67,7 +67,7 @@ def test_save_encodes_and_stops_and_reuse_goes_on_to_a_measured_coalition(
     tribute("prune", f"--load {full} {prune}")
     tribute("train", f"{workshop} --preset tiny.yaml --method prune_fine_tune {prune} --precompute_stage reuse")
     monkeypatch.setattr(study_latents, "load_codec", load_codec, raising=False)
-    sparse = f"results/cifar/prune_fine_tune/models/pruner=magnitude_pruning_ratio=0.3_threshold=0.05/full"
+    sparse = "results/cifar/prune_fine_tune/models/pruner=magnitude_pruning_ratio=0.3_threshold=0.05/full"
     measure = f"--load {sparse} --method gd --db results.db --exp_name e --model_behavior light:brightness"
     tribute("unlearn", f"{measure} --removal_dist shapley --precompute_stage reuse --save_samples grid.png")
     assert (tmp_path / "grid.png").exists()
@@ -95,7 +95,6 @@ def test_the_codec_can_be_elsewhere_but_not_another(
     said = refused("unlearn", f"{measure} --codec other", capsys)
     assert "another codec" in said and "--codec" in said
     assert "another codec" in refused("prune", f"--load {full} --codec other", capsys)
-    assert "no such codec" not in said
     assert "nothing there" in refused("unlearn", f"{measure} --codec ./missing", capsys)
 
 

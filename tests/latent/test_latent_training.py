@@ -14,11 +14,11 @@ from diffusers.models.autoencoders.vq_model import VQModel
 from tribute.config import DataConfig, Preset, PruneConfig
 from tribute.data.tensors import TrainingData
 from tribute.diffusion.examples import LatentExamples
-from tribute.diffusion.sample import from_uint8, sample_images, to_uint8
+from tribute.diffusion.sample import from_uint8, sample_images
 from tribute.errors import CheckpointError, ConfigError, DataError, MixedResultsError
 from tribute.models import codec as codec_module
 from tribute.models.build import build_unet
-from tribute.models.checkpoint import Checkpoint, build_model, load_checkpoint
+from tribute.models.checkpoint import Checkpoint
 from tribute.seeding import torch_stream
 from tribute.study import latents as study_latents
 from tribute.study.stages import Saving, check_same_data, prune_model, train_model
