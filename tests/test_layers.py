@@ -203,7 +203,7 @@ def test_the_package_keeps_to_its_layers_and_imports_heavy_packages_late() -> No
 def test_the_package_was_found_and_read() -> None:
     read = {(entry.importer, entry.imported) for entry in read_imports(SOURCE)}
     assert ("tribute.data.contributors", "tribute.seeding") in read
-    assert ("tribute.data.sources", "datasets") in read, "imports inside functions count"
+    assert ("tribute.data.hub", "datasets") in read, "imports inside functions count"
 
 
 SOUND = {

@@ -229,6 +229,14 @@ def preset_names() -> list[str]:
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
+_PRESET_OF_DATASET = {"cifar2": "cifar", "cifar100": "cifar", "cifar20": "cifar", "cifar20-superclass": "cifar"}
+
+
+def default_preset(dataset: str) -> str:
+    """Name of the preset that is used where none is asked for: usually that of the dataset."""
+    return _PRESET_OF_DATASET.get(dataset, dataset)
+
+
 def load_preset(name: str) -> Preset:
     """Read a preset that comes with the library, by name, or one from a `.yaml` file."""
     if name.endswith((".yaml", ".yml")):
@@ -311,7 +319,7 @@ class StudyConfig(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     dataset: str = "digits"
     contributors: str = "class"
-    preset: str | None = Field(default=None, description="None: the preset named like the dataset.")
+    preset: str | None = Field(default=None, description="None: the dataset's.")
     codec: str | None = Field(default=None, description="Place of the codec; None: the preset's.")
     data_dir: Path | None = None
     max_examples: int | None = Field(default=None, gt=0)
@@ -359,7 +367,7 @@ class StudyConfig(Config):
 
     def load_preset(self) -> Preset:
         """The preset of the study, with the study's sampling settings applied."""
-        preset = load_preset(self.preset or self.dataset).with_codec(self.codec)
+        preset = load_preset(self.preset or default_preset(self.dataset)).with_codec(self.codec)
         return preset.replace(sampling={**preset.sampling.model_dump(), **self.sampling})
 
 

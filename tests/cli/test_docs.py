@@ -25,7 +25,7 @@ CLI_PAGE = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
 COMMAND_OF_SCRIPT = {"main.py": "train", "prune.py": "prune", "unlearn.py": "unlearn", "lds.py": "lds"}
 SHARED_SECTIONS = {
     "Machine and output": arguments.CommonArguments,
-    "Data": arguments.DataArguments,
+    "Data": arguments.SourceArguments,
     "Coalition": arguments.RemovalArguments,
     "Training": arguments.PublishedTrainingArguments,
 }

@@ -11,8 +11,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from tribute.cli.console import print_line
-from tribute.config import DataConfig, Preset, load_preset, preset_names
-from tribute.data.sources import SOURCES
+from tribute.config import DataConfig, Preset, default_preset, load_preset, preset_names
+from tribute.data.registry import HUB_PREFIX, SOURCES, find_source
 from tribute.errors import ConfigError, NotImplementedYet
 from tribute.games.removal import canonical_removal_dist
 
@@ -29,6 +29,9 @@ class Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
+SOURCE_FLAGS = ("dataset", "contributors", "data_dir", "max_examples", "contributor_column", "label_column", "split")
+"""Flags that decide who owns which example; the others say what becomes of the pixels."""
+
 ArgumentsT = TypeVar("ArgumentsT", bound=Arguments)
 
 
@@ -41,13 +44,20 @@ class CommonArguments(Arguments):
     dry_run: bool = Field(default=False, description="Print the resolved settings and stop.")
 
 
-class DataArguments(CommonArguments):
+class SourceArguments(Arguments):
     """Flags that choose the training data."""
 
-    dataset: str | None = Field(default=None, description="digits or cifar.")
-    contributors: str | None = Field(default=None, description="class (default), or vendors for digits.")
+    dataset: str | None = Field(
+        default=None,
+        description="digits, cifar, cifar2, cifar100, cifar20, cifar20-superclass, mnist, celeba, artbench, folder, "
+        "parquet, or hub:OWNER/NAME.",
+    )
+    contributors: str | None = Field(
+        default=None,
+        description="class (default): by class, or by the dataset's own column of owners; or vendors for digits.",
+    )
     data_dir: Path | None = Field(
-        default=None, description="Parquet file or folder, for datasets that are not embedded."
+        default=None, description="Parquet file, folder of Parquet files, or folder of images."
     )
     max_examples: int | None = Field(default=None, gt=0, description="Use only the first rows of the dataset.")
     image_size: int | None = Field(default=None, gt=0, description="Height and width, pixels; None: the preset's.")
@@ -70,17 +80,20 @@ class DataArguments(CommonArguments):
         values = {**(saved or {}), **flags}
         dataset = values.get("dataset")
         if dataset is None:
-            raise ConfigError(f"--dataset: expected one of {', '.join(SOURCES)}; found none")
-        if dataset not in SOURCES:
-            raise ConfigError(f"--dataset: expected one of {', '.join(SOURCES)}; found {dataset!r}")
+            raise ConfigError(f"--dataset: expected one of {', '.join(SOURCES)} or {HUB_PREFIX}OWNER/NAME; found none")
+        find_source(dataset)
         return DataConfig.parse(values, where="data flags")
 
     def load_preset(self, dataset: str) -> Preset:
         """The preset of `--preset`, or the one named like the dataset."""
-        name = self.preset or dataset
+        name = self.preset or default_preset(dataset)
         if not name.endswith((".yaml", ".yml")) and name not in preset_names():
             raise ConfigError(f"--preset: expected one of {', '.join(preset_names())} or a .yaml file; found {name!r}")
         return load_preset(name)
+
+
+class DataArguments(CommonArguments, SourceArguments):
+    """Flags of every command that reads training data and touches a model."""
 
 
 class RemovalArguments(Arguments):

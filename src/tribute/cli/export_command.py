@@ -8,10 +8,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from tribute.cli.arguments import Arguments, parse
+from tribute.cli.arguments import SOURCE_FLAGS, Arguments, parse
 from tribute.cli.console import print_line
-from tribute.config import DataConfig
-from tribute.data.sources import load_training_data
+from tribute.data.sources import load_contributors
 from tribute.store.interchange import export_csv, export_jsonl
 from tribute.store.records import Store
 
@@ -29,6 +28,9 @@ class ExportArguments(Arguments):
     contributors: str = Field(default="class", description="With --dataset: how it is divided.")
     data_dir: Path | None = Field(default=None, description="With --dataset: where it is.")
     max_examples: int | None = Field(default=None, gt=0, description="With --dataset: only the first rows.")
+    contributor_column: str | None = Field(default=None, description="With --dataset: column of the owners.")
+    label_column: str | None = Field(default=None, description="With --dataset: column of the classes.")
+    split: str = Field(default="train", description="With --dataset: part of it.")
 
 
 def run(argv: Sequence[str], prog: str) -> None:
@@ -40,9 +42,7 @@ def run(argv: Sequence[str], prog: str) -> None:
         else:
             owners = None
             if arguments.dataset is not None:
-                source = {
-                    name: getattr(arguments, name) for name in DataConfig.model_fields if hasattr(arguments, name)
-                }
-                owners = load_training_data(**source).contributors.contributor_of_example
+                source = {name: getattr(arguments, name) for name in SOURCE_FLAGS}
+                owners = load_contributors(**source).contributor_of_example
             n_lines = export_jsonl(store, arguments.out, contributor_of_example=owners, exp_name=arguments.exp_name)
     print_line(f"wrote {n_lines:,} evaluations to {arguments.out}")

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from tribute.cli.arguments import Arguments, parse
+from tribute.cli.arguments import SOURCE_FLAGS, Arguments, parse
 from tribute.cli.console import print_line
-from tribute.config import DataConfig
-from tribute.data.sources import load_training_data
+from tribute.data.sources import load_contributors
 from tribute.store.interchange import import_jsonl
 from tribute.store.records import Store
 
@@ -27,6 +26,9 @@ class ImportArguments(Arguments):
     contributors: str = Field(default="class", description="With --dataset: how it is divided.")
     data_dir: Path | None = Field(default=None, description="With --dataset: where it is.")
     max_examples: int | None = Field(default=None, gt=0, description="With --dataset: only the first rows.")
+    contributor_column: str | None = Field(default=None, description="With --dataset: column of the owners.")
+    label_column: str | None = Field(default=None, description="With --dataset: column of the classes.")
+    split: str = Field(default="train", description="With --dataset: part of it.")
 
 
 def run(argv: Sequence[str], prog: str) -> None:
@@ -34,8 +36,8 @@ def run(argv: Sequence[str], prog: str) -> None:
     arguments = parse(ImportArguments, argv, prog=prog, description="Read the published layout.")
     table = None
     if arguments.dataset is not None:
-        source = {name: getattr(arguments, name) for name in DataConfig.model_fields if hasattr(arguments, name)}
-        table = load_training_data(**source).contributors
+        source = {name: getattr(arguments, name) for name in SOURCE_FLAGS}
+        table = load_contributors(**source)
     with Store.open(arguments.db) as store:
         n_new = import_jsonl(
             store,

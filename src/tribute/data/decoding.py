@@ -101,7 +101,7 @@ def check_size(size: tuple[int, int]) -> None:
 def _pixels(image: Image.Image, rule: ImageRule) -> Images:
     from PIL import Image, ImageOps
 
-    image = _in_colour(ImageOps.exif_transpose(image), "RGB" if rule.n_channels == 3 else "L")
+    image = in_colour(ImageOps.exif_transpose(image), "RGB" if rule.n_channels == 3 else "L")
     size = (rule.image_size, rule.image_size)
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC, box=_crop_box(image.size, rule.resize))
@@ -118,7 +118,7 @@ def _crop_box(size: tuple[int, int], resize: Resize) -> tuple[int, int, int, int
     return left, upper, left + side, upper + side
 
 
-def _in_colour(image: Image.Image, mode: str) -> Image.Image:
+def in_colour(image: Image.Image, mode: str) -> Image.Image:
     """The image in mode RGB or L."""
     from PIL import Image
 

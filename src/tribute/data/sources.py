@@ -1,7 +1,4 @@
-"""Where training images come from: a registry of sources, all read by the same machinery.
-
-A source is described, not programmed: a shape, the columns of its files, its partitions, and a reader.
-"""
+"""From the name of a dataset to a training set: listed, divided among contributors, decoded once into a cache."""
 
 from __future__ import annotations
 
@@ -9,148 +6,156 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tribute.data.contributors import PLANTED_VENDORS, contributors_by_class, vendors
-from tribute.data.decoding import ImageRule, Resize, decode_image
+from tribute.data.columns import read_contributors, read_labels, select_classes
+from tribute.data.contributors import PLANTED_VENDORS, ContributorTable, contributors_by_class, vendors
+from tribute.data.decoding import ImageRule, Resize
+from tribute.data.embedded import read_digits
+from tribute.data.folder import list_folder
+from tribute.data.hub import list_hub
+from tribute.data.image_workers import process_images
+from tribute.data.listing import Listing, Request, Rows, find_column
+from tribute.data.parquet import list_parquet
+from tribute.data.registry import HUB_PREFIX, SOURCES, Source, find_source
 from tribute.data.tensors import TrainingData, open_or_build_tensor_cache, write_tensor_cache
 from tribute.errors import ConfigError, DataError
-from tribute.files import sha256_of_file
 from tribute.types import Images
 
-if TYPE_CHECKING:
-    import datasets
+__all__ = ["SOURCES", "DataRequest", "default_cache_dir", "list_examples", "load_contributors", "load_training_data"]
 
 logger = logging.getLogger(__name__)
 
-DECODE_BATCH = 256
-
-
-@dataclass(frozen=True, eq=False)
-class Examples:
-    """What a reader returns: labelled images before anybody owns them, with their hash where it is known."""
-
-    images: Images
-    labels: npt.NDArray[np.int64]
-    label_names: tuple[str, ...]
-    origin: Mapping[str, Any]
-    images_sha256: str | None = None
+SECONDS_BETWEEN_REPORTS = 10.0
 
 
 @dataclass(frozen=True)
-class ReadOptions:
-    """Where a reader may look and write, how many rows it takes (all if None), and what images become."""
-
-    data_dir: Path | None
-    cache_dir: Path
-    max_examples: int | None
-    rule: ImageRule
-
-
-@dataclass(frozen=True)
-class Source:
-    """A dataset that can be named.
+class DataRequest:
+    """Which data, and what its images become.
 
     Attributes:
-        description: What the images are and where they come from, in one line.
-        image_shape: Height, width, channels.
-        read: The reader.
-        partitions: Ways to divide it among contributors; the first is the usual one.
-        image_columns: Columns that may hold the images, in the order in which they are looked for.
-        label_columns: The same for the class.
-    """
-
-    description: str
-    image_shape: tuple[int, int, int]
-    read: Callable[[Source, ReadOptions], Examples]
-    partitions: tuple[str, ...] = ("class",)
-    image_columns: tuple[str, ...] = ("img", "image")
-    label_columns: tuple[str, ...] = ("label",)
-
-
-def load_training_data(
-    dataset: str,
-    *,
-    contributors: str = "class",
-    data_dir: Path | None = None,
-    cache_dir: Path | None = None,
-    max_examples: int | None = None,
-    image_size: int | None = None,
-    image_channels: int | None = None,
-    resize: Resize = "center_crop",
-    contributor_column: str | None = None,
-    label_column: str | None = None,
-    image_column: str | None = None,
-    split: str = "train",
-) -> TrainingData:
-    """Load a dataset and divide it among its contributors.
-
-    Args:
-        dataset: A key of `SOURCES`.
-        contributors: `class` (one per class that occurs) or, for `digits`, `vendors` (see that function).
-        data_dir: A Parquet file, or a folder with `train*.parquet`; for sources that are not embedded.
+        dataset: A key of `SOURCES`, or `hub:OWNER/NAME`.
+        contributors: `class`: the dataset's own column of owners, or one contributor per class that occurs.
+            `vendors` (digits): see that function.
+        data_dir: A Parquet file, a folder with Parquet files, or a folder of images; None is for what is embedded or
+            comes from the hub.
         cache_dir: Where tensor caches are kept; `default_cache_dir()` if None. Embedded sources need none.
         max_examples: Take the first rows only, at most this many; None takes all.
         image_size: Height and width that images are brought to (`tribute.data.decoding`); None: the dataset's.
         image_channels: 3 for RGB, 1 for grey; None: the dataset's.
         resize: `center_crop` or `squash`.
-        contributor_column: Not yet.
-        label_column: Not yet.
-        image_column: Not yet.
-        split: Not yet.
-
-    Raises:
-        ConfigError: The dataset or the partition is unknown, or an option does not suit the dataset.
-        DataError: The files are missing or not what the dataset says; a broken image is named by its row.
+        contributor_column: Column that names the owners; None: the dataset's.
+        label_column: Column of the classes; None: the dataset's. Data without classes has one, `image`.
+        image_column: Column of the images; None: the dataset's.
+        split: Part of the dataset.
+        n_workers: Processes that decode; None: as many as there are processors, up to 8. Never changes a pixel.
     """
-    source = SOURCES.get(dataset)
-    if not source:
-        raise ConfigError(f"--dataset {dataset!r} is unknown; expected one of {', '.join(SOURCES)}")
-    if contributors not in source.partitions:
-        raise ConfigError(
-            f"--contributors {contributors!r} is unknown for {dataset}; expected one of {', '.join(source.partitions)}"
-        )
-    if max_examples is not None and max_examples < 1:
-        raise ConfigError(f"--max_examples: expected at least 1, found {max_examples}")
-    if max_examples is not None and contributors == "vendors":
-        raise ConfigError(f"--max_examples {max_examples}: vendors divide all examples; leave it out")
 
-    options = ReadOptions(
-        data_dir=None if data_dir is None else Path(data_dir).expanduser(),
-        cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser(),
-        max_examples=max_examples,
-        rule=ImageRule(image_size or source.image_shape[0], image_channels or source.image_shape[2], resize),
-    )
-    examples = source.read(source, options)
-    origin = {**examples.origin, "partition": contributors}
-    if contributors == "vendors":
-        delivered = vendors(examples.images, examples.labels)
-        return TrainingData.from_arrays(
-            dataset,
-            delivered.images,
-            delivered.labels,
-            examples.label_names,
-            delivered.contributors,
-            reference_images=examples.images,
-            reference_labels=examples.labels,
-            origin={**origin, "planted": asdict(PLANTED_VENDORS)},
+    dataset: str
+    contributors: str = "class"
+    data_dir: Path | None = None
+    cache_dir: Path | None = None
+    max_examples: int | None = None
+    image_size: int | None = None
+    image_channels: int | None = None
+    resize: Resize = "center_crop"
+    contributor_column: str | None = None
+    label_column: str | None = None
+    image_column: str | None = None
+    split: str = "train"
+    n_workers: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself or the dataset.
+
+        Raises:
+            ConfigError: The dataset or the partition is unknown, or an option does not suit the dataset.
+        """
+        partitions = self.source.partitions
+        if self.contributors not in partitions:
+            raise ConfigError(
+                f"--contributors {self.contributors!r} is unknown for {self.dataset}; expected one of "
+                f"{', '.join(partitions)}, or a column of owners by --contributor_column"
+            )
+        if self.max_examples is not None and self.max_examples < 1:
+            raise ConfigError(f"--max_examples: expected at least 1, found {self.max_examples}")
+        if self.max_examples is not None and self.contributors == "vendors":
+            raise ConfigError(f"--max_examples {self.max_examples}: vendors divide all examples; leave it out")
+        if self.source.layout == "embedded":
+            self._refuse_what_reads_files()
+        if self.source.layout == "hub" and self.data_dir is not None:
+            raise ConfigError(
+                f"--data_dir {self.data_dir}: {self.dataset} comes from the hub; leave it out, or read the folder by "
+                "--dataset parquet or folder"
+            )
+
+    def _refuse_what_reads_files(self) -> None:
+        for name in ("data_dir", "contributor_column", "label_column", "image_column"):
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"--{name} {getattr(self, name)}: this dataset is embedded and reads no files; leave it out"
+                )
+        shape = self.source.image_shape
+        if shape and self.rule.shape != shape:
+            height, width, n_channels = shape
+            raise ConfigError(
+                f"{self.dataset} has images of {height}x{width} pixels and {n_channels} channel, and is not resized; "
+                f"found {self.rule.image_size}x{self.rule.image_size} and {self.rule.n_channels}. "
+                "Choose another --preset, or leave --image_size out"
+            )
+
+    @property
+    def source(self) -> Source:
+        return find_source(self.dataset)
+
+    @property
+    def owner_column(self) -> str | None:
+        """The column of owners that is asked for or the dataset has; None: contributors are classes or vendors."""
+        return self.contributor_column or (self.source.contributor_column if self.contributors == "class" else None)
+
+    @property
+    def rule(self) -> ImageRule:
+        """What every image becomes.
+
+        Raises:
+            ConfigError: The images are the user's, and nobody said how large they shall be.
+        """
+        shape = self.source.image_shape
+        if self.image_size is None and shape is None:
+            raise ConfigError(f"--image_size: expected the size in pixels that images of {self.dataset} shall have")
+        return ImageRule(
+            self.image_size or (shape[0] if shape else 0),
+            self.image_channels or (shape[2] if shape else 3),
+            self.resize,
         )
-    return TrainingData.from_arrays(
-        dataset,
-        examples.images,
-        examples.labels,
-        examples.label_names,
-        contributors_by_class(examples.labels, examples.label_names),
-        images_sha256=examples.images_sha256,
-        origin=origin,
-    )
+
+    @property
+    def place_of_cache(self) -> Path:
+        return default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser()
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Which rows of a listing are the training set, and what is known of them.
+
+    Attributes:
+        listing: All rows.
+        rows: `(n_examples,)`, sorted.
+        labels: `(n_examples,)`, indices into `label_names`.
+        label_names: Name of each class.
+    """
+
+    listing: Listing
+    rows: Rows
+    labels: npt.NDArray[np.int64]
+    label_names: tuple[str, ...]
 
 
 def default_cache_dir() -> Path:
@@ -160,217 +165,185 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tribute"
 
 
-def read_digits(source: Source, options: ReadOptions) -> Examples:
-    """Read the 8x8 scans that scikit-learn ships; their 17 grey levels 0 to 16 become 0 to 255, rounded.
+def load_training_data(dataset: str, **options: Any) -> TrainingData:
+    """Load a dataset and divide it among its contributors.
+
+    Args:
+        dataset: A key of `SOURCES`, or `hub:OWNER/NAME`.
+        **options: The other attributes of `DataRequest`.
 
     Raises:
-        ConfigError: A `data_dir` was given, which nothing would read.
+        ConfigError: The dataset or the partition is unknown, or an option does not suit the dataset.
+        DataError: The files are missing or not what the dataset says; a broken image is named by its row.
     """
-    if options.data_dir is not None:
-        raise ConfigError(f"--data_dir {options.data_dir}: this dataset is embedded and reads no files; leave it out")
-    if options.rule.shape != source.image_shape:
-        height, width, n_channels = source.image_shape
-        raise ConfigError(
-            f"this dataset has images of {height}x{width} pixels and {n_channels} channel, and is not resized; found "
-            f"{options.rule.image_size}x{options.rule.image_size} and {options.rule.n_channels}. "
-            "Choose another --preset, or leave --image_size out"
+    request = DataRequest(dataset, **options)
+    if request.source.layout == "embedded":
+        return _load_digits(request)
+    examples = list_examples(request)
+    contributors = divide(request, examples)
+    cache_dir = request.place_of_cache / "tensors" / _cache_key(request, examples)
+    cache = open_or_build_tensor_cache(cache_dir, lambda _: _build(request, examples, cache_dir))
+    return TrainingData.from_arrays(
+        dataset,
+        cache.images,
+        examples.labels,
+        examples.label_names,
+        contributors,
+        images_sha256=cache.images_sha256,
+        origin={**cache.source, "partition": request.owner_column or request.contributors},
+    )
+
+
+def load_contributors(dataset: str, **options: Any) -> ContributorTable:
+    """Who owns which example, without decoding an image; arguments and errors as of `load_training_data`."""
+    request = DataRequest(dataset, **options)
+    if request.source.layout == "embedded":
+        return _load_digits(request).contributors
+    return divide(request, list_examples(request))
+
+
+def list_examples(request: DataRequest, *, strict: bool = True) -> Examples:
+    """Find the training set's rows and their classes.
+
+    Args:
+        request: Which data; not the embedded.
+        strict: Whether a file that is missing is an error now, or only when it is read.
+
+    Raises:
+        DataError: Files or columns are missing or not what the dataset says.
+    """
+    listing = _list(request, strict=strict)
+    candidates = (request.label_column,) if request.label_column else request.source.label_columns
+    required = request.label_column or request.source.classes or request.owner_column is None
+    if required or set(candidates) & set(listing.column_names):
+        flag = "--label_column" if request.label_column else "--label_column, or the owners with --contributor_column"
+        column = find_column(request.dataset, "label", candidates, listing.column_names, flag=flag)
+        labels, label_names = read_labels(listing, column)
+    else:
+        labels, label_names = np.zeros(listing.n_examples, dtype=np.int64), ("image",)
+    rows = np.arange(listing.n_examples)
+    if request.source.classes:
+        rows, labels, label_names = select_classes(labels, label_names, request.source.classes)
+    rows, labels = rows[: request.max_examples], labels[: request.max_examples]
+    return Examples(listing, rows, labels, label_names)
+
+
+def divide(request: DataRequest, examples: Examples) -> ContributorTable:
+    """The owner of every example."""
+    if request.owner_column:
+        return read_contributors(examples.listing, request.owner_column, examples.rows)
+    return contributors_by_class(examples.labels, examples.label_names)
+
+
+def _list(request: DataRequest, *, strict: bool) -> Listing:
+    """The listing of the source, from where the request says."""
+    source = request.source
+    data_dir = None if request.data_dir is None else Path(request.data_dir).expanduser()
+    where = Request(
+        data_dir=data_dir,
+        cache_dir=request.place_of_cache,
+        image_columns=(request.image_column,) if request.image_column else source.image_columns,
+        metadata_files=source.metadata_files,
+        file_columns=source.file_columns,
+        split=request.split,
+        strict=strict,
+        max_rows=None if source.classes else request.max_examples,
+    )
+    match source.layout:
+        case "hub":
+            return list_hub(request.dataset.removeprefix(HUB_PREFIX), where, dataset="parquet (or folder)")
+        case "folder":
+            return list_folder(where)
+        case "parquet":
+            return list_parquet(where)
+    if data_dir is not None:
+        return list_folder(where) if _holds_images(data_dir, source) else list_parquet(where)
+    if source.hub is None:
+        raise DataError(
+            f"--data_dir is missing: {request.dataset} is {source.description}. Get it ({source.origin}) and give a "
+            f"Parquet file or folder with the columns {source.image_columns[0]} and {source.contributor_column}, or a "
+            f"folder of images with {(*source.metadata_files, 'metadata.csv')[0]}"
         )
-    from sklearn.datasets import load_digits
-
-    levels, classes = load_digits(return_X_y=True)
-    images = np.round(np.asarray(levels) * (255 / 16)).astype(np.uint8).reshape(-1, *source.image_shape)
-    labels = np.asarray(classes, dtype=np.int64)
-    label_names = tuple(str(digit) for digit in range(10))
-    n_rows = options.max_examples
-    return Examples(images[:n_rows], labels[:n_rows], label_names, {"embedded": "scikit-learn"})
+    return list_hub(source.hub, where, dataset=request.dataset)
 
 
-def read_parquet(source: Source, options: ReadOptions) -> Examples:
-    """Read local Parquet files in the Hugging Face layout; the pixels are decoded once, into a tensor cache.
+def _holds_images(data_dir: Path, source: Source) -> bool:
+    """Whether a folder is one of image files rather than of Parquet files."""
+    if not data_dir.is_dir():
+        return False
+    tables = (*source.metadata_files, "metadata.csv", "metadata.jsonl", "metadata.parquet")
+    if any((data_dir / name).is_file() for name in tables):
+        return True
+    if any(data_dir.glob("*.parquet")) or any(data_dir.glob("*/*.parquet")):
+        return False
+    return any(path.is_dir() and not path.name.startswith(".") for path in data_dir.iterdir())
 
-    The cache is named after the content of the files, the source's columns and shape, and `max_examples`.
 
-    Raises:
-        DataError: There is no such file or no `data_dir`, a column is missing or of another type, or an image
-            is broken or of another size; the message names file and row (from 0).
-    """
-    files = _find_parquet_files(source, options.data_dir)
-    try:
-        hashes = [sha256_of_file(path) for path in files]
-    except OSError as error:
-        raise DataError(f"--data_dir {options.data_dir}: a file cannot be read ({error})") from error
-    origin = {
-        "files": [{"name": path.name, "sha256": sha256} for path, sha256 in zip(files, hashes, strict=True)],
-        "image_rule": options.rule.describe(),
-        "columns": [list(source.image_columns), list(source.label_columns)],
-        "max_examples": options.max_examples,
+def _cache_key(request: DataRequest, examples: Examples) -> str:
+    """A name that follows from the content of the files, the rows taken, and what pixels become."""
+    content = {
+        "content": dict(examples.listing.content),
+        "image_rule": request.rule.describe(),
+        "rows": hashlib.sha256(examples.rows.astype("<i8").tobytes()).hexdigest(),
     }
-    content = json.dumps({**origin, "files": hashes}, sort_keys=True)
-    key = hashlib.sha256(content.encode()).hexdigest()[:16]
-    cache_dir = options.cache_dir / "tensors" / key
-    build = partial(_build_from_parquet, source, files, cache_dir, options, origin)
-    cache = open_or_build_tensor_cache(cache_dir, build)
-    label_names = tuple(cache.source["label_names"])
-    return Examples(cache.images, cache.columns["labels"], label_names, cache.source, cache.images_sha256)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True, eq=False)
-class _Shard:
-    """One opened Parquet file."""
-
-    path: Path
-    rows: datasets.Dataset = field(repr=False)
-    image_column: str
-    labels: npt.NDArray[np.int64]
-    label_names: tuple[str, ...]
-
-
-def _find_parquet_files(source: Source, data_dir: Path | None) -> list[Path]:
-    """The file itself, or the training shards of the folder in the order of their names."""
-    expected = "expected a Parquet file in the Hugging Face layout, or a folder with train*.parquet"
-    if data_dir is None:
-        raise DataError(f"--data_dir is missing: {expected}; the dataset is {source.description}")
-    if data_dir.is_file():
-        return [data_dir]
-    # Copies from the hub keep their shards one folder down (data/, plain_text/, ...).
-    files = sorted(data_dir.glob("train*.parquet")) or sorted(data_dir.glob("*/train*.parquet"))
-    if not files:
-        found = sorted(path.name for path in data_dir.iterdir())[:8] if data_dir.is_dir() else "nothing there"
-        raise DataError(f"--data_dir {data_dir}: {expected}, found {found or 'an empty folder'}")
-    return files
-
-
-def _build_from_parquet(
-    source: Source,
-    files: Sequence[Path],
-    cache_dir: Path,
-    options: ReadOptions,
-    origin: Mapping[str, Any],
-    scratch: Path,
-) -> None:
-    """Decode the files into a tensor cache, in the order of files and rows."""
+def _build(request: DataRequest, examples: Examples, cache_dir: Path) -> None:
+    """Decode the images into a tensor cache, in the order of the rows."""
     import PIL
 
-    shards: list[_Shard] = []
-    for path in files:
-        shards.append(_open_shard(source, path, scratch))
-        if shards[-1].label_names != shards[0].label_names:
-            raise DataError(
-                f"{path}: expected the class names {list(shards[0].label_names)} of {shards[0].path.name}, "
-                f"found {list(shards[-1].label_names)}"
-            )
-        n_found = sum(len(shard.labels) for shard in shards)
-        if options.max_examples is not None and n_found >= options.max_examples:
-            break
-    labels = np.concatenate([shard.labels for shard in shards])[: options.max_examples]
-    logger.info("decoding %d images of %s once, into %s", len(labels), files[0].parent, cache_dir)
+    origin: Mapping[str, Any] = {
+        **examples.listing.origin,
+        **examples.listing.content,
+        "image_rule": request.rule.describe(),
+        "decoder": f"Pillow {PIL.__version__}",
+    }
+    n_examples = len(examples.rows)
+    logger.info("decoding %s images of %s once, into %s", f"{n_examples:,}", request.dataset, cache_dir)
     write_tensor_cache(
-        cache_dir,
-        _decoded_batches(options.rule, shards, len(labels)),
-        shape=(len(labels), *options.rule.shape),
-        columns={"labels": labels},
-        source={**origin, "label_names": list(shards[0].label_names), "decoder": f"Pillow {PIL.__version__}"},
+        cache_dir, _decoded(request, examples), shape=(n_examples, *request.rule.shape), columns={}, source=origin
     )
 
 
-def _open_shard(source: Source, path: Path, scratch: Path) -> _Shard:
-    """Open one file through `datasets`, which maps it from disk, and read its label column whole."""
-    import datasets
-    import pyarrow.parquet
-    from datasets.exceptions import DatasetsError
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+def _decoded(request: DataRequest, examples: Examples) -> Iterator[Images]:
+    """Batches of pixels `(n_rows, height, width, channels)`, with a report now and then."""
+    encoded = examples.listing.read_images(examples.rows)
+    n_done, n_examples = 0, len(examples.rows)
+    started = reported = time.monotonic()
+    for answer in process_images(encoded, n_examples, request.rule, n_workers=request.n_workers):
+        if answer.failures:
+            position, message = min(answer.failures.items())
+            raise DataError(f"{examples.listing.place(int(examples.rows[n_done + position]))}: {message}")
+        n_done += len(answer.array)
+        now = time.monotonic()
+        if now - reported >= SECONDS_BETWEEN_REPORTS:
+            reported, rate = now, n_done / (now - started)
+            logger.info("decoded %s of %s images, %.0f images/s", f"{n_done:,}", f"{n_examples:,}", rate)
+        yield answer.array
 
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        if not pyarrow.parquet.read_metadata(path).num_rows:
-            raise DataError(f"{path}: expected images, found no rows")
-        # Not load_dataset: that looks at the network even for local files.
-        rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(scratch))
-    except (DatasetsError, ValueError, OSError) as error:
-        reason = error.__cause__ or error
-        raise DataError(f"{path}: expected a Parquet file, found one that cannot be read ({reason})") from error
-    finally:
-        if shown:
-            enable_progress_bars()
 
-    image_column = _find_column(path, "image", source.image_columns, rows.column_names)
-    label_column = _find_column(path, "label", source.label_columns, rows.column_names)
-    storage = rows.data.column(image_column).type
-    if "bytes" not in {storage.field(i).name for i in range(storage.num_fields)}:
-        raise DataError(f"{path}: column {image_column!r}: expected images as {{bytes, path}}, found {storage}")
-
-    column = rows.data.column(label_column)
-    if column.null_count or str(column.type) not in {
-        "int8",
-        "int16",
-        "int32",
-        "int64",
-        "uint8",
-        "uint16",
-        "uint32",
-    }:
-        raise DataError(
-            f"{path}: column {label_column!r}: expected an integer class in every row, "
-            f"found {column.type} with {column.null_count} missing"
+def _load_digits(request: DataRequest) -> TrainingData:
+    """The embedded digits, by class or as the planted vendors deliver them."""
+    digits = read_digits(request.max_examples)
+    origin = {"embedded": "scikit-learn", "partition": request.contributors}
+    if request.contributors == "vendors":
+        delivered = vendors(digits.images, digits.labels)
+        return TrainingData.from_arrays(
+            request.dataset,
+            delivered.images,
+            delivered.labels,
+            digits.label_names,
+            delivered.contributors,
+            reference_images=digits.images,
+            reference_labels=digits.labels,
+            origin={**origin, "planted": asdict(PLANTED_VENDORS)},
         )
-    labels = column.to_numpy().astype(np.int64)
-    feature = rows.features[label_column]
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else map(str, range(labels.max() + 1))
-    label_names = tuple(names)
-    outside = np.flatnonzero((labels < 0) | (labels >= len(label_names)))
-    if len(outside):
-        raise DataError(
-            f"{path}: row {outside[0]}: expected a class from 0 to {len(label_names) - 1}, found {labels[outside[0]]}"
-        )
-    return _Shard(path, rows, image_column, labels, label_names)
-
-
-def _find_column(path: Path, meaning: str, candidates: Sequence[str], found: Sequence[str]) -> str:
-    for candidate in candidates:
-        if candidate in found:
-            return candidate
-    raise DataError(
-        f"{path}: expected the {meaning} in a column named {' or '.join(candidates)}, found columns {list(found)}"
+    return TrainingData.from_arrays(
+        request.dataset,
+        digits.images,
+        digits.labels,
+        digits.label_names,
+        contributors_by_class(digits.labels, digits.label_names),
+        origin=origin,
     )
-
-
-def _decoded_batches(rule: ImageRule, shards: Sequence[_Shard], n_examples: int) -> Iterator[Images]:
-    """Yield `(n_rows, height, width, channels)`: the first `n_examples` rows of the shards, in order."""
-    for shard in shards:
-        encoded = shard.rows.data.column(shard.image_column)
-        n_rows = min(n_examples, len(encoded))
-        n_examples -= n_rows
-        for start in range(0, n_rows, DECODE_BATCH):
-            batch = encoded.slice(start, min(DECODE_BATCH, n_rows - start)).to_pylist()
-            yield _decode(batch, rule, shard.path, start)
-
-
-def _decode(encoded: Sequence[Any], rule: ImageRule, path: Path, first_row: int) -> Images:
-    """Decode `{bytes, path}` records into `(n_rows, *shape)`."""
-    images = np.empty((len(encoded), *rule.shape), dtype=np.uint8)
-    for i, record in enumerate(encoded):
-        place = f"{path}: row {first_row + i}"
-        if record is None or record["bytes"] is None:
-            raise DataError(f"{place}: expected the bytes of an image, found none")
-        try:
-            images[i] = decode_image(record["bytes"], rule)
-        except DataError as error:
-            raise DataError(f"{place}: {error}") from error
-    return images
-
-
-SOURCES: dict[str, Source] = {
-    "digits": Source(
-        description="1,797 scans of handwritten digits, 8x8, one channel, shipped with scikit-learn",
-        image_shape=(8, 8, 1),
-        read=read_digits,
-        partitions=("class", "vendors"),
-    ),
-    "cifar": Source(
-        description="CIFAR-10 (Krizhevsky 2009): photographs of ten classes, 32x32, RGB",
-        image_shape=(32, 32, 3),
-        read=read_parquet,
-    ),
-}
-"""The datasets that can be named. One more is a description here, not a copy of the code above."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mmap
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tribute.data.contributors import ContributorTable
+from tribute.data.known_hashes import KnownHashes
 from tribute.errors import DataError
 from tribute.files import write_whole_dir
 from tribute.types import CoalitionMask, Images
@@ -188,7 +190,26 @@ def gather(images: RowsT, example_idx: npt.ArrayLike) -> RowsT:
         )
     if idx.size and not 0 <= idx.min() <= idx.max() < len(images):
         raise DataError(f"example_idx: expected 0 to {len(images) - 1}, found {idx.min()} to {idx.max()}")
-    return images[idx.astype(np.int64)]  # pyright: ignore[reportReturnType]
+    rows = images[idx.astype(np.int64)]
+    release_pages(images)
+    return rows  # pyright: ignore[reportReturnType]
+
+
+def release_pages(images: npt.NDArray[Any]) -> None:
+    """Give back the memory that pages of a memory map take after they were read; other arrays stay as they are.
+
+    A page that was touched counts as memory of the process until the kernel needs it, so reading a cache through its
+    map would in time show the size of the cache. Only the page table is emptied: the content stays in the kernel's
+    cache of the file, and the next read finds it there.
+    """
+    mapped: Any = images
+    while isinstance(mapped, np.ndarray):
+        # In a map that may be written, the pages could hold what is nowhere else.
+        if isinstance(mapped, np.memmap) and mapped.mode != "r":
+            return
+        mapped = mapped.base
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def array_sha256(array: npt.NDArray[Any]) -> str:
@@ -197,6 +218,7 @@ def array_sha256(array: npt.NDArray[Any]) -> str:
     n_rows = max(1, HASH_CHUNK_BYTES // max(1, array[:1].nbytes))
     for start in range(0, len(array), n_rows):
         digest.update(np.ascontiguousarray(array[start : start + n_rows]).tobytes())
+        release_pages(array)
     return digest.hexdigest()
 
 
@@ -243,7 +265,7 @@ def write_tensor_cache(
         arrays = {"images": _write_images(folder / "images.npy", batches, shape)}
         for name, column in columns.items():
             np.save(folder / f"{name}.npy", column, allow_pickle=False)
-            arrays[name] = _describe(column)
+            arrays[name] = _describe(column, array_sha256(column))
         manifest = {"format": CACHE_FORMAT, "arrays": arrays, "source": dict(source)}
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
@@ -256,7 +278,11 @@ def write_tensor_cache(
 
 
 def open_tensor_cache(cache_dir: Path) -> TensorCache:
-    """Open a cache and check its content against its manifest, which reads every byte once.
+    """Open a cache and check its content against its manifest.
+
+    Reading every byte of 8 GB takes some seconds, so that it was done is remembered in `verified.json`, and the hash
+    is trusted for as long as the file's size, times and inode stay what they were (`KnownHashes`). A copied or
+    touched cache is read again, once.
 
     Raises:
         DataError: It is missing, unreadable, or not what its manifest says; the message names the array.
@@ -276,9 +302,11 @@ def read_arrays(cache_dir: Path, *, mapped: str) -> tuple[dict[str, Any], dict[s
         if manifest["format"] != CACHE_FORMAT:
             raise ValueError(f"format {manifest['format']}, this version reads {CACHE_FORMAT}")
         expected = manifest["arrays"]
-        arrays = {mapped: np.load(cache_dir / f"{mapped}.npy", mmap_mode="r", allow_pickle=False)}
-        arrays |= {n: np.load(cache_dir / f"{n}.npy", allow_pickle=False) for n in expected if n != mapped}
-        found = {name: _describe(array) for name, array in arrays.items()}
+        columns = {n: np.load(cache_dir / f"{n}.npy", allow_pickle=False) for n in expected if n != mapped}
+        rows = np.load(cache_dir / f"{mapped}.npy", mmap_mode="r", allow_pickle=False)
+        verified = KnownHashes(cache_dir / "verified.json", lambda _: array_sha256(rows))
+        found = {mapped: _describe(rows, verified.hash_of(cache_dir / f"{mapped}.npy"))}
+        found |= {name: _describe(array, array_sha256(array)) for name, array in columns.items()}
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise DataError(
             f"tensor cache {cache_dir}: expected a whole cache, found one that cannot be read "
@@ -290,7 +318,8 @@ def read_arrays(cache_dir: Path, *, mapped: str) -> tuple[dict[str, Any], dict[s
                 f"tensor cache {cache_dir}: {name}.npy is not what its manifest says: expected "
                 f"{expected.get(name)}, found {found[name]}; move the folder away and it is built again"
             )
-    return manifest, arrays
+    verified.save()
+    return manifest, {mapped: rows, **columns}
 
 
 def open_or_build_tensor_cache(cache_dir: Path, build: Callable[[Path], None]) -> TensorCache:
@@ -363,11 +392,12 @@ def _json_sha256(content: object) -> str:
 
 
 def new_array_digest(dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
+    """What `array_sha256` starts from; the bytes of the rows follow."""
     return hashlib.sha256(f"{dtype.str} {tuple(int(n) for n in shape)}\n".encode())
 
 
-def _describe(array: npt.NDArray[Any]) -> dict[str, Any]:
-    return {"shape": list(array.shape), "dtype": array.dtype.str, "sha256": array_sha256(array)}
+def _describe(array: npt.NDArray[Any], sha256: str) -> dict[str, Any]:
+    return {"shape": list(array.shape), "dtype": array.dtype.str, "sha256": sha256}
 
 
 def _write_images(path: Path, batches: Iterable[Images], shape: tuple[int, int, int, int]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from tribute.config import PruneConfig
 
 def dataset_name(dataset: str, contributors: str) -> str:
     """Folder of a dataset; another division among contributors is another folder."""
-    return dataset if contributors == "class" else f"{dataset}-{contributors}"
+    name = dataset.replace(":", "-").replace("/", "-")  # hub:OWNER/NAME
+    return name if contributors == "class" else f"{name}-{contributors}"
 
 
 def removal_name(removal_dist: str | None, datamodel_alpha: float, removal_seed: int) -> str:
