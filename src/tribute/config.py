@@ -178,11 +178,33 @@ class FeatureConfig(Config):
     )
 
 
+class CodecConfig(Config):
+    """The frozen autoencoder of a latent diffusion model: a diffusers `VQModel` or `AutoencoderKL`."""
+
+    path: str = Field(min_length=1, description="A folder in the diffusers format, or a hub id OWNER/NAME.")
+    subfolder: str | None = Field(
+        default=None, description="Where in it; None: vqvae, vae or the folder itself, whichever has a config.json."
+    )
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id; None: its main branch.")
+    scaling_factor: float | None = Field(
+        default=None,
+        gt=0,
+        description="Latents are multiplied by it; None: what the codec's config.json says, or else 1 for a VQModel "
+        "and 0.18215 for an AutoencoderKL.",
+    )
+    factor: int = Field(default=4, gt=0, description="Side of an image over the side of its latent.")
+    image_channels: Literal[1, 3] = Field(default=3, description="Channels of an image.")
+    batch_size: int = Field(
+        default=8, gt=0, description="Images per pass of the codec; bounds its memory, never changes a result."
+    )
+
+
 class Preset(Config):
     """A complete recipe for one dataset."""
 
     dataset: str
     unet: UNetConfig
+    codec: CodecConfig | None = Field(default=None, description="Of latent diffusion; None: the model is of pixels.")
     noise_schedule: NoiseScheduleConfig = NoiseScheduleConfig()
     training: dict[str, TrainConfig] = Field(description="Per method: retrain, prune_fine_tune, gd.")
     ckpt_freq: dict[str, PositiveInt] = Field(default_factory=dict, description="Steps between checkpoints.")
@@ -191,12 +213,27 @@ class Preset(Config):
     @property
     def image_size(self) -> int:
         """Height and width of the images that the recipe is for, pixels."""
-        return self.unet.sample_size
+        return self.unet.sample_size * (1 if self.codec is None else self.codec.factor)
 
     @property
     def image_channels(self) -> int:
         """Channels of those images: 3 for RGB, 1 for grey."""
-        return self.unet.in_channels
+        return self.unet.in_channels if self.codec is None else self.codec.image_channels
+
+    def with_codec(self, path: str | None) -> Preset:
+        """The same with the codec at another place; None changes nothing.
+
+        Raises:
+            ConfigError: The preset has no codec.
+        """
+        if path is None:
+            return self
+        if self.codec is None:
+            raise ConfigError(
+                f"--codec {path}: expected a preset of latent diffusion, found one of pixels ({self.dataset}); leave "
+                "--codec out, or give a --preset file with codec settings"
+            )
+        return self.replace(codec={**self.codec.model_dump(), "path": path, "subfolder": None, "revision": None})
 
     def train_config(self, method: str, **changes: Any) -> TrainConfig:
         """The training settings of a method, with every `changes` that is not None applied."""
@@ -308,6 +345,7 @@ class StudyConfig(Config):
     dataset: str = "digits"
     contributors: str = "class"
     preset: str | None = Field(default=None, description="None: the dataset's.")
+    codec: str | None = Field(default=None, description="Place of the codec; None: the preset's.")
     data_dir: Path | None = None
     max_examples: int | None = Field(default=None, gt=0)
     image_size: int | None = Field(default=None, gt=0, description="Height and width, pixels; None: the preset's.")
@@ -355,7 +393,7 @@ class StudyConfig(Config):
 
     def load_preset(self) -> Preset:
         """The preset of the study, with the study's sampling settings applied."""
-        preset = load_preset(self.preset or default_preset(self.dataset))
+        preset = load_preset(self.preset or default_preset(self.dataset)).with_codec(self.codec)
         return preset.replace(sampling={**preset.sampling.model_dump(), **self.sampling})
 
 

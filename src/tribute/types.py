@@ -22,6 +22,10 @@ Behaviors = npt.NDArray[np.float64]
 Images = npt.NDArray[np.uint8]
 """`(n_images, height, width, channels)`; 0 to 255, 1 or 3 channels."""
 
+Latents = npt.NDArray[np.float32]
+"""`(n_images, channels, height, width)`, scaled to about unit variance; of a codec with a posterior, its means and then
+its log-variances along the channels."""
+
 
 @dataclass(frozen=True)
 class Attributions:

@@ -68,7 +68,11 @@ class SourceArguments(Arguments):
     label_column: str | None = Field(default=None, description="Column of the class; None: the dataset's.")
     image_column: str | None = Field(default=None, description="Column of the images; None: the dataset's.")
     split: str | None = Field(default=None, description="Part of the dataset; None: train.")
-    preset: str | None = Field(default=None, description="Recipe: digits, cifar, cifar-small, or a .yaml file.")
+    preset: str | None = Field(default=None, description="Recipe: digits, cifar, cifar-small, celeba, or a .yaml file.")
+    codec: str | None = Field(
+        default=None,
+        description="Autoencoder of a latent diffusion model: a diffusers folder, or a hub id; None: the preset's.",
+    )
 
     def source(self, saved: dict[str, Any] | None = None) -> DataConfig:
         """The data that the flags mean; what a flag leaves open comes from a checkpoint, then from defaults."""
@@ -198,16 +202,26 @@ class PublishedTrainingArguments(Arguments):
     gradient_accumulation_steps: int | None = Field(default=None, gt=0, description="None: the preset's.")
     use_8bit_optimizer: bool = Field(default=False, description="8-bit Adam (not in this version).")
     precompute_stage: Literal["save", "reuse"] | None = Field(
-        default=None, description="Latents of a codec (not in this version)."
+        default=None,
+        description="Latents of the training images. save: encode them and stop; reuse: take them from the cache and "
+        "never encode; None: encode what is missing.",
     )
 
     def refuse_what_is_missing(self) -> None:
         """Published flags that this version does not provide are errors, never ignored."""
         if self.use_8bit_optimizer:
             raise NotImplementedYet("--use_8bit_optimizer is not part of this version; leave it out")
-        if self.precompute_stage is not None:
-            raise NotImplementedYet(
-                "--precompute_stage belongs to latent diffusion, which is not part of this version; leave it out"
+
+    def check_precompute_stage(self, preset: Preset) -> None:
+        """Refuse the flag where there is nothing to encode.
+
+        Raises:
+            ConfigError: The preset has no codec.
+        """
+        if self.precompute_stage is not None and preset.codec is None:
+            raise ConfigError(
+                f"--precompute_stage {self.precompute_stage}: expected a preset of latent diffusion, found one of "
+                f"pixels ({preset.dataset}); leave it out, or choose a --preset with a codec, e.g. celeba"
             )
 
 

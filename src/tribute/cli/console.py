@@ -66,6 +66,25 @@ class TrainingReport:
         print_line(text)
 
 
+class EncodingReport:
+    """Prints how many images are encoded, a line now and then."""
+
+    def __init__(self, seconds_between_lines: float = 10.0) -> None:
+        self.seconds_between_lines = seconds_between_lines
+        self._started: tuple[float, int] | None = None
+        self._last = 0.0
+
+    def __call__(self, n_done: int, n_images: int) -> None:
+        now = time.monotonic()
+        if self._started is None:
+            self._started = (now, n_done)
+            print_line(f"encoding: {n_done:,} of {n_images:,} images were encoded before")
+        elif n_done == n_images or now - self._last >= self.seconds_between_lines:
+            rate = (n_done - self._started[1]) / max(now - self._started[0], 1e-9)
+            print_line(f"encoding: {n_done:,} of {n_images:,} images, {rate:,.1f} images/s")
+            self._last = now
+
+
 class StudyReport:
     """Prints a study's progress: one rewritten line on a terminal, a line now and then elsewhere."""
 

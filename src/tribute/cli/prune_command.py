@@ -33,7 +33,7 @@ def run(argv: Sequence[str], prog: str) -> None:
     prune = prune_settings(arguments)
     full = load_checkpoint(arguments.load)
     source = arguments.source(full.meta.get("source"))
-    preset = training_preset(arguments, source.dataset, full)
+    preset = training_preset(arguments, source.dataset, full).with_codec(arguments.codec)
     folder = models_dir(
         arguments.outdir, dataset_name(source.dataset, source.contributors), "pruned", pruning_name(prune)
     )

@@ -16,8 +16,8 @@ from tribute.cli.arguments import (
     parse,
     print_settings,
 )
-from tribute.cli.console import TrainingReport, print_line
-from tribute.config import Preset, PruneConfig
+from tribute.cli.console import EncodingReport, TrainingReport, print_line
+from tribute.config import DataConfig, Preset, PruneConfig
 from tribute.errors import CheckpointError, ConfigError
 from tribute.games.designs import coalition_of
 from tribute.models.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
@@ -55,14 +55,16 @@ def run(argv: Sequence[str], prog: str) -> None:
         raise ConfigError(f"--method: expected one of {', '.join(TRAIN_METHODS)}; found {arguments.method!r}")
     if arguments.method != "prune_fine_tune":
         check_method(arguments.method)
-    arguments.refuse_what_is_missing()
+    if arguments.precompute_stage != "save":  # which trains nothing
+        arguments.refuse_what_is_missing()
     prune = prune_settings(arguments)
     start_path = find_start(arguments, prune)
     start = (
         None if start_path is None or (arguments.dry_run and not start_path.exists()) else load_checkpoint(start_path)
     )
     source = arguments.source(None if start is None else start.meta.get("source"))
-    preset = training_preset(arguments, source.dataset, start)
+    preset = training_preset(arguments, source.dataset, start).with_codec(arguments.codec)
+    arguments.check_precompute_stage(preset)
     config = preset.train_config(
         arguments.method,
         n_steps=arguments.n_steps,
@@ -84,12 +86,16 @@ def run(argv: Sequence[str], prog: str) -> None:
         print_settings(
             {
                 "source": source,
+                "codec": preset.codec,
                 "train": config,
                 "start": start_path,
                 "removal": arguments.removal(),
                 "folder": folder,
             }
         )
+        return
+    if arguments.precompute_stage == "save":
+        save_latents(arguments, source, preset)
         return
 
     from tribute.study.stages import Saving, train_model
@@ -101,6 +107,7 @@ def run(argv: Sequence[str], prog: str) -> None:
         mixed_precision=config.mixed_precision,
         device=arguments.device,
         n_threads=arguments.n_threads,
+        reuse_latents=arguments.precompute_stage == "reuse",
         log_with=[arguments.report_to] if arguments.report_to else (),
         project_dir=folder,
     )
@@ -129,6 +136,19 @@ def run(argv: Sequence[str], prog: str) -> None:
     print_line(f"trained on {len(present)} of {len(mask)} contributors: {', '.join(present)}")
     print_line(f"{checkpoint.n_steps:,} steps in {float(checkpoint.meta['seconds_train']):.1f} s")
     print_line(f"model: {checkpoint.path}")
+
+
+def save_latents(arguments: TrainArguments, source: DataConfig, preset: Preset) -> None:
+    """Encode every training image into the cache, or what is left of them, and say where it is."""
+    from tribute.study.stages import encode_training_set
+
+    space = encode_training_set(
+        source, preset, device=arguments.device, n_threads=arguments.n_threads, on_block=EncodingReport()
+    )
+    latents = space.cache.latents
+    print_line(f"{len(latents):,} latents of shape {latents.shape[1:]}, {latents.nbytes / 2**20:,.1f} MiB")
+    print_line(f"latents: {space.cache.path}")
+    print_line("train on them next: the same command with --precompute_stage reuse")
 
 
 def prune_settings(arguments: Any) -> PruneConfig:

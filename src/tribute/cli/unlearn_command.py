@@ -66,12 +66,15 @@ def run(argv: Sequence[str], prog: str) -> None:
     arguments = parse(UnlearnArguments, argv, prog=prog, description="Measure the behaviors of a coalition's model.")
     check_method(arguments.method)
     arguments.refuse_what_is_missing()
+    if arguments.precompute_stage == "save":
+        raise ConfigError("--precompute_stage save: encodes and stops, which main.py does; leave it out here, or reuse")
     behaviors = behavior_list(arguments.model_behavior)
     features = arguments.features(behaviors)
     checkpoint = load_checkpoint(arguments.load)
     check_pruning_flags(arguments, checkpoint)
     source = arguments.source(checkpoint.meta.get("source"))
-    preset = training_preset(arguments, source.dataset, checkpoint)
+    preset = training_preset(arguments, source.dataset, checkpoint).with_codec(arguments.codec)
+    arguments.check_precompute_stage(preset)
     sampling = sample_settings(arguments, preset.sampling)
     train = None
     if arguments.method == "gd":
@@ -118,6 +121,7 @@ def run(argv: Sequence[str], prog: str) -> None:
             mixed_precision=train.mixed_precision if train else "no",
             device=arguments.device,
             n_threads=arguments.n_threads,
+            reuse_latents=arguments.precompute_stage == "reuse",
         )
         check_same_data(checkpoint, worker)
         contributors = worker.data.contributors

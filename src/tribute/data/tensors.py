@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 CACHE_FORMAT = 1
 HASH_CHUNK_BYTES = 16 * 2**20
+
+CacheT = TypeVar("CacheT")
+RowsT = TypeVar("RowsT", bound=npt.NDArray[Any])
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,15 +169,15 @@ class TrainingData:
         )
 
 
-def gather(images: Images, example_idx: npt.ArrayLike) -> Images:
+def gather(images: RowsT, example_idx: npt.ArrayLike) -> RowsT:
     """Copy rows into memory, in the order given and with repeats; a memory map reads those rows only.
 
     Args:
-        images: `(n_examples, height, width, channels)` uint8.
+        images: `(n_examples, ...)`, images or latents.
         example_idx: `(n_rows,)` integers.
 
     Returns:
-        `(n_rows, height, width, channels)` uint8, writable.
+        `(n_rows, ...)`, writable.
 
     Raises:
         DataError: An index is not an integer (a mask is not one), or not that of an example.
@@ -189,10 +192,10 @@ def gather(images: Images, example_idx: npt.ArrayLike) -> Images:
         raise DataError(f"example_idx: expected 0 to {len(images) - 1}, found {idx.min()} to {idx.max()}")
     rows = images[idx.astype(np.int64)]
     release_pages(images)
-    return rows
+    return rows  # pyright: ignore[reportReturnType]
 
 
-def release_pages(images: Images) -> None:
+def release_pages(images: npt.NDArray[Any]) -> None:
     """Give back the memory that pages of a memory map take after they were read; other arrays stay as they are.
 
     A page that was touched counts as memory of the process until the kernel needs it, so reading a cache through its
@@ -211,7 +214,7 @@ def release_pages(images: Images) -> None:
 
 def array_sha256(array: npt.NDArray[Any]) -> str:
     """SHA-256 over dtype, shape and content in C order, read in chunks of 16 MiB."""
-    digest = _new_array_digest(array.dtype, array.shape)
+    digest = new_array_digest(array.dtype, array.shape)
     n_rows = max(1, HASH_CHUNK_BYTES // max(1, array[:1].nbytes))
     for start in range(0, len(array), n_rows):
         digest.update(np.ascontiguousarray(array[start : start + n_rows]).tobytes())
@@ -284,16 +287,25 @@ def open_tensor_cache(cache_dir: Path) -> TensorCache:
     Raises:
         DataError: It is missing, unreadable, or not what its manifest says; the message names the array.
     """
+    manifest, arrays = read_arrays(cache_dir, mapped="images")
+    return TensorCache(arrays.pop("images"), arrays, manifest)
+
+
+def read_arrays(cache_dir: Path, *, mapped: str) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    """Manifest and arrays of a cache, checked against each other; the array `mapped` stays on the disk.
+
+    Raises:
+        DataError: As `open_tensor_cache`.
+    """
     try:
         manifest = json.loads((cache_dir / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != CACHE_FORMAT:
             raise ValueError(f"format {manifest['format']}, this version reads {CACHE_FORMAT}")
         expected = manifest["arrays"]
-        columns = {n: np.load(cache_dir / f"{n}.npy", allow_pickle=False) for n in expected if n != "images"}
-        images = np.load(cache_dir / "images.npy", mmap_mode="r", allow_pickle=False)
-        verified = KnownHashes(cache_dir / "verified.json", lambda _: array_sha256(images))
-        images_sha256 = verified.hash_of(cache_dir / "images.npy")
-        found = {"images": _describe(images, images_sha256)}
+        columns = {n: np.load(cache_dir / f"{n}.npy", allow_pickle=False) for n in expected if n != mapped}
+        rows = np.load(cache_dir / f"{mapped}.npy", mmap_mode="r", allow_pickle=False)
+        verified = KnownHashes(cache_dir / "verified.json", lambda _: array_sha256(rows))
+        found = {mapped: _describe(rows, verified.hash_of(cache_dir / f"{mapped}.npy"))}
         found |= {name: _describe(array, array_sha256(array)) for name, array in columns.items()}
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise DataError(
@@ -307,10 +319,15 @@ def open_tensor_cache(cache_dir: Path) -> TensorCache:
                 f"{expected.get(name)}, found {found[name]}; move the folder away and it is built again"
             )
     verified.save()
-    return TensorCache(images, columns, manifest)
+    return manifest, {mapped: rows, **columns}
 
 
 def open_or_build_tensor_cache(cache_dir: Path, build: Callable[[Path], None]) -> TensorCache:
+    """Open a cache of images, or build it first with `write_tensor_cache`: see `open_or_build`."""
+    return open_or_build(cache_dir, open_tensor_cache, build)
+
+
+def open_or_build(cache_dir: Path, open_cache: Callable[[Path], CacheT], build: Callable[[Path], None]) -> CacheT:
     """Open a cache, or build it first. Of several processes one builds and the others wait for it.
 
     A cache that is damaged is kept aside under another name and built again. What a killed process left
@@ -318,13 +335,14 @@ def open_or_build_tensor_cache(cache_dir: Path, build: Callable[[Path], None]) -
 
     Args:
         cache_dir: Folder of the cache; its name should follow from the content of the source.
-        build: Creates `cache_dir` with `write_tensor_cache`; its argument is a folder for temporary files.
+        open_cache: Opens a whole cache, or raises `DataError`.
+        build: Creates `cache_dir`; its argument is a folder for temporary files.
 
     Raises:
         DataError: It cannot be built.
     """
     with suppress(DataError):  # needs neither the lock nor a writable folder
-        return open_tensor_cache(cache_dir)
+        return open_cache(cache_dir)
 
     from filelock import FileLock
 
@@ -333,7 +351,7 @@ def open_or_build_tensor_cache(cache_dir: Path, build: Callable[[Path], None]) -
         with FileLock(cache_dir.with_name(f"{cache_dir.name}.lock")):
             if cache_dir.exists():
                 try:
-                    return open_tensor_cache(cache_dir)
+                    return open_cache(cache_dir)
                 except DataError as damage:
                     logger.warning("%s; kept as %s", damage, _keep_aside(cache_dir).name)
             # The lock is held, so whoever made these is gone.
@@ -346,7 +364,7 @@ def open_or_build_tensor_cache(cache_dir: Path, build: Callable[[Path], None]) -
         raise DataError(
             f"tensor cache {cache_dir}: cannot be written ({error}); choose another cache folder"
         ) from error
-    return open_tensor_cache(cache_dir)
+    return open_cache(cache_dir)
 
 
 def _check_images(part: str, images: Images, labels: npt.NDArray[np.int64], n_labels: int) -> None:
@@ -373,7 +391,8 @@ def _json_sha256(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _new_array_digest(dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
+def new_array_digest(dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
+    """What `array_sha256` starts from; the bytes of the rows follow."""
     return hashlib.sha256(f"{dtype.str} {tuple(int(n) for n in shape)}\n".encode())
 
 
@@ -385,7 +404,7 @@ def _write_images(path: Path, batches: Iterable[Images], shape: tuple[int, int, 
     """Write an `.npy` file batch by batch and return its description."""
     # Plain writes, not a writable memory map: on a full disk they raise, while the map kills the process.
     dtype = np.dtype(np.uint8)
-    digest, n_written = _new_array_digest(dtype, shape), 0
+    digest, n_written = new_array_digest(dtype, shape), 0
     with path.open("wb") as file:
         header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)

@@ -10,7 +10,7 @@ import torch
 
 from tribute.data.tensors import gather
 from tribute.diffusion.sample import from_uint8
-from tribute.types import Images
+from tribute.types import Images, Latents
 
 
 class TrainingExamples(Protocol):
@@ -59,3 +59,38 @@ class PixelExamples:
     def batch(self, rows: npt.NDArray[np.int64], generator: torch.Generator) -> torch.Tensor:
         """Rows `(n, channels, height, width)` float32 in [-1, 1]; nothing is random."""
         return from_uint8(gather(self.images, rows))
+
+
+class LatentExamples:
+    """Scaled latents; of a codec with a posterior, a new draw from it every time an example is used.
+
+    Args:
+        latents: `(n_examples, channels, height, width)` float32, in memory or memory-mapped; where there is a
+            posterior, its means and then its log-variances along the channels.
+        labels: `(n_examples,)`.
+        has_posterior: Whether the latents are a posterior's parameters.
+    """
+
+    can_flip = False
+
+    def __init__(
+        self, latents: Latents, labels: npt.NDArray[np.int64] | None = None, *, has_posterior: bool = False
+    ) -> None:
+        self.latents = latents
+        self.labels = labels
+        self.has_posterior = has_posterior
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def batch(self, rows: npt.NDArray[np.int64], generator: torch.Generator) -> torch.Tensor:
+        """Rows `(n, channels, height, width)`; random where there is a posterior.
+
+        References:
+            Kingma and Welling (2014), section 2.4, for drawing from the posterior.
+        """
+        stored = torch.from_numpy(gather(self.latents, rows))
+        if not self.has_posterior:
+            return stored
+        mean, log_variance = stored.chunk(2, dim=1)
+        return mean + torch.exp(0.5 * log_variance) * torch.randn(mean.shape, generator=generator)

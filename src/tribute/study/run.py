@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 _MAY_CHANGE = {
     "outdir",
+    "codec",
     "n_threads",
     "estimator",
     "features.weights",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tribute.config import PruneConfig, TrainConfig
+from tribute.config import DataConfig, Preset, PruneConfig, TrainConfig
 from tribute.diffusion.loss import denoising_loss
 from tribute.diffusion.train import CheckpointPolicy, Progress
 from tribute.errors import CheckpointError, MixedResultsError
@@ -18,8 +18,9 @@ from tribute.models.build import build_unet
 from tribute.models.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
 from tribute.models.pruning import PruningResult, prune_unet
 from tribute.seeding import numpy_stream, torch_stream
+from tribute.study.latents import LatentSpace
 from tribute.study.provenance import provenance
-from tribute.study.worker import Worker
+from tribute.study.worker import Worker, check_images_fit, load_data_for
 from tribute.types import CoalitionMask
 from tribute.unlearning.as_is import mask_to_text
 
@@ -37,6 +38,30 @@ class Saving:
     folder: Path
     ckpt_freq: int
     keep_all: bool = False
+
+
+def encode_training_set(
+    source: DataConfig,
+    preset: Preset,
+    *,
+    device: str | None = None,
+    n_threads: int | None = None,
+    cache_dir: Path | None = None,
+    on_block: Callable[[int, int], None] | None = None,
+) -> LatentSpace:
+    """Encode the images of a dataset into the cache, or those that are missing, without setting up any training.
+
+    Returns:
+        The latent space, with its cache open.
+    """
+    if n_threads is not None:
+        torch.set_num_threads(n_threads)
+    data = load_data_for(preset, source)
+    check_images_fit(preset, data)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    space = LatentSpace(preset, data, cache_dir=cache_dir, device=where, on_block=on_block)
+    space.examples()
+    return space
 
 
 def train_model(
@@ -110,6 +135,7 @@ def checkpoint_policy(
         "method": method,
         "coalition": mask_to_text(coalition_mask),
         "start": "random weights" if start is None else start.model_hash,
+        **worker.codec_identity(),
     }
     meta = checkpoint_meta(worker, method=method, coalition_mask=coalition_mask, start=start)
     return CheckpointPolicy(
@@ -136,6 +162,7 @@ def prune_model(
         "start": full.model_hash,
         "prune": config.model_dump(mode="json"),
         "data": worker.data.fingerprint,
+        **worker.codec_identity(),
     }
     if folder.is_dir() and any(folder.iterdir()):
         found = load_checkpoint(folder)
@@ -193,6 +220,7 @@ def checkpoint_meta(
         "unet": worker.preset.unet.model_dump(mode="json") if start is None else start.meta["unet"],
         "noise_schedule": worker.preset.noise_schedule.model_dump(mode="json"),
         "data": {"fingerprint": worker.data.fingerprint, "origin": worker.data.manifest.get("origin", {})},
+        "codec": None if worker.latent_space is None else worker.latent_space.record(),
         "contributor_names": list(worker.data.contributors.names),
         "coalition": mask_to_text(coalition_mask),
         "start": None if start is None else {"path": start.path.name, "hash": start.model_hash},
@@ -201,11 +229,18 @@ def checkpoint_meta(
 
 
 def check_same_data(checkpoint: Checkpoint, worker: Worker) -> None:
-    """Refuse a model that was trained on other data than the worker's.
+    """Refuse a model that was trained on other data than the worker's, or on latents of another codec.
 
     Raises:
-        MixedResultsError: Dataset, division among contributors or number of examples differ.
+        MixedResultsError: Dataset, division among contributors, number of examples or codec differ.
     """
+    saved_codec = (checkpoint.meta.get("codec") or {}).get("fingerprint")
+    if saved_codec != worker.codec_identity().get("codec"):
+        raise MixedResultsError(
+            f"{checkpoint.path} was trained on latents of another codec: saved {_codec_text(checkpoint.meta)}, asked "
+            f"for {_codec_text({'codec': worker.latent_space and worker.latent_space.record()})}. Give the --codec of "
+            "the training run, or leave it out"
+        )
     saved = checkpoint.meta.get("data", {}).get("fingerprint")
     if saved != worker.data.fingerprint:
         raise MixedResultsError(
@@ -215,3 +250,9 @@ def check_same_data(checkpoint: Checkpoint, worker: Worker) -> None:
             f"({worker.data.fingerprint[:12]}). Give the --dataset, --contributors, --data_dir and --max_examples "
             "of the training run"
         )
+
+
+def _codec_text(meta: Mapping[str, Any]) -> str:
+    """The codec of a checkpoint for a message."""
+    codec = meta.get("codec")
+    return f"{codec['path']} (fingerprint {codec['fingerprint'][:12]})" if codec else "none (pixels)"

@@ -17,6 +17,7 @@ from tribute.diffusion.examples import PixelExamples
 from tribute.diffusion.train import CheckpointPolicy, Trainer
 from tribute.errors import DataError
 from tribute.models.checkpoint import Checkpoint
+from tribute.study.latents import LatentSpace
 from tribute.study.measurement import Measurement
 from tribute.study.value_function import ValueFunction
 from tribute.types import Images
@@ -38,7 +39,8 @@ class Worker:
         mixed_precision: `no`, `fp16` or `bf16`.
         device: Where to train; None lets Accelerate choose.
         n_threads: Threads of this process; None leaves PyTorch's choice.
-        cache_dir: Where the classifier and features of real images are kept.
+        cache_dir: Where the classifier, latents and features of real images are kept.
+        reuse_latents: Take the latents that are there, and never load the codec to train.
         log_with: Trackers of Accelerate.
         project_dir: Where trackers write.
     """
@@ -55,20 +57,14 @@ class Worker:
         device: str | None = None,
         n_threads: int | None = None,
         cache_dir: Path | None = None,
+        reuse_latents: bool = False,
         log_with: Sequence[str] = (),
         project_dir: Path | None = None,
     ) -> None:
         if n_threads is not None:
             torch.set_num_threads(n_threads)
-        wanted = {**dict(source), "image_size": source.image_size or preset.image_size}
-        data = data or load_training_data(**wanted, image_channels=preset.image_channels)
-        height, width, n_channels = data.image_shape
-        expected = (preset.image_size, preset.image_size, preset.image_channels)
-        if (height, width, n_channels) != expected:
-            raise DataError(
-                f"the preset expects images of {expected[0]}x{expected[1]} pixels and {expected[2]} channels; "
-                f"found {height}x{width} and {n_channels}. Choose another --preset, --image_size or --dataset"
-            )
+        data = data or load_data_for(preset, source)
+        check_images_fit(preset, data)
         self.source = source
         self.data = data
         self.preset = preset
@@ -81,6 +77,12 @@ class Worker:
             log_with=log_with,
             project_dir=project_dir,
         )
+        self.latent_space: LatentSpace | None = None
+        if preset.codec is not None:
+            self.latent_space = LatentSpace(
+                preset, data, reuse=reuse_latents, cache_dir=self.cache_dir, device=self.trainer.device
+            )
+            self.trainer.examples = self.latent_space.examples(data.labels)
         self.measurement = Measurement(
             behaviors, data, features or FeatureConfig(), cache_dir=self.cache_dir, device=str(self.trainer.device)
         )
@@ -121,7 +123,12 @@ class Worker:
     def value_function(self, method: UnlearningMethod, sampling: SampleConfig) -> ValueFunction:
         """v(S) with this worker's behaviors."""
         return ValueFunction(
-            method, sampling, self.preset.noise_schedule, self.measure, label_counts=self.data.label_counts
+            method,
+            sampling,
+            self.preset.noise_schedule,
+            self.measure,
+            label_counts=self.data.label_counts,
+            decode=None if self.latent_space is None else self.latent_space.decode,
         )
 
     def fine_tuning(
@@ -164,4 +171,34 @@ class Worker:
             "use_ema": use_ema,
             "noise_schedule": self.preset.noise_schedule.model_dump(mode="json"),
             "behaviors": {name: item["variant"] for name, item in self.behavior_definitions().items()},
+            **self.codec_identity(),
         }
+
+    def codec_identity(self) -> dict[str, str]:
+        """The codec's fingerprint, where there is a codec: part of the identity of models and evaluations."""
+        return {} if self.latent_space is None else {"codec": self.latent_space.fingerprint}
+
+
+def load_data_for(preset: Preset, source: DataConfig) -> TrainingData:
+    """The training set with images of the size and channels that a preset is for, where the settings leave that open.
+
+    Raises:
+        DataError: They cannot be read.
+    """
+    wanted = {**dict(source), "image_size": source.image_size or preset.image_size}
+    return load_training_data(**wanted, image_channels=preset.image_channels)
+
+
+def check_images_fit(preset: Preset, data: TrainingData) -> None:
+    """Refuse images that are not of the size and channels that a preset is for.
+
+    Raises:
+        DataError: The message shows both.
+    """
+    height, width, n_channels = data.image_shape
+    expected = (preset.image_size, preset.image_size, preset.image_channels)
+    if (height, width, n_channels) != expected:
+        raise DataError(
+            f"the preset expects images of {expected[0]}x{expected[1]} pixels and {expected[2]} channels; "
+            f"found {height}x{width} and {n_channels}. Choose another --preset, --image_size or --dataset"
+        )
