@@ -74,7 +74,7 @@ class Worker:
         self.behaviors = [get_behavior(name) for name in behaviors]
         self.cache_dir = cache_dir or default_cache_dir()
         self.trainer = Trainer(
-            PixelExamples(data.images, data.labels),
+            PixelExamples(data.images, data.labels, len(data.label_names)),
             preset.noise_schedule,
             mixed_precision=mixed_precision,
             device=device,
