@@ -23,6 +23,7 @@ MixedPrecision = Literal["no", "fp16", "bf16"]
 PrunerName = Literal["magnitude", "taylor", "random", "reinit", "diff-pruning"]
 SamplerName = Literal["ddim", "dpm-solver++"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Variance = Annotated[float, Field(ge=0, le=1)]
 
 
 class Config(BaseModel):
@@ -105,7 +106,7 @@ class NoiseScheduleConfig(Config):
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     clip_sample: bool = Field(default=True, description="Clip the predicted image to [-1, 1] while sampling.")
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
-    trained_betas: tuple[Beta, ...] | None = Field(
+    trained_betas: tuple[Variance, ...] | None = Field(
         default=None, description="Variance of every step; beta_start, beta_end and beta_schedule then do not count."
     )
     rescale_betas_zero_snr: bool = Field(default=False, description="The last noise level is noise alone.")

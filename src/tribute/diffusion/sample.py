@@ -12,7 +12,7 @@ import torch
 from tribute.config import NoiseScheduleConfig, SampleConfig
 from tribute.diffusion.loss import predict
 from tribute.errors import ConfigError
-from tribute.models.build import check_classes
+from tribute.models.build import build_ddim_scheduler, check_classes
 from tribute.seeding import torch_stream
 from tribute.types import Images
 
@@ -34,22 +34,19 @@ def initial_noise(noise_seed: int, image_idx: Sequence[int], shape: tuple[int, i
 
 def build_sampler(config: SampleConfig, noise_schedule: NoiseScheduleConfig) -> Any:
     """A deterministic diffusers sampler: DDIM (Song et al. 2021) or DPM-Solver++ 2M (Lu et al. 2022)."""
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-    schedule = noise_schedule.model_dump()
-    spacing = schedule.pop("timestep_spacing")
     if config.num_inference_steps > noise_schedule.num_train_timesteps:
         raise ConfigError(
             f"num_inference_steps: expected at most the {noise_schedule.num_train_timesteps} noise levels "
             f"of training, found {config.num_inference_steps}"
         )
     if config.sampler == "ddim":
-        return DDIMScheduler(**schedule, timestep_spacing=spacing or "leading")
-    for name in ("clip_sample", "clip_sample_range", "set_alpha_to_one"):  # of DDIM alone
-        del schedule[name]
+        return build_ddim_scheduler(noise_schedule)
+    schedule = noise_schedule.replace(timestep_spacing=noise_schedule.timestep_spacing or "trailing")
+    of_ddim_alone = {"clip_sample", "clip_sample_range", "set_alpha_to_one"}
     return DPMSolverMultistepScheduler(
-        **schedule, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing=spacing or "trailing"
+        **schedule.model_dump(exclude=of_ddim_alone), algorithm_type="dpmsolver++", solver_order=2
     )
 
 

@@ -12,6 +12,7 @@ from tribute.seeding import stream_seed
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 
@@ -43,6 +44,13 @@ def build_noise_schedule(config: NoiseScheduleConfig) -> DDPMScheduler:
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     return DDPMScheduler(**config.model_dump(exclude={"timestep_spacing", "set_alpha_to_one"}))
+
+
+def build_ddim_scheduler(config: NoiseScheduleConfig) -> DDIMScheduler:
+    """The deterministic sampler of Song et al. (2021), as a diffusers scheduler."""
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    return DDIMScheduler(**config.replace(timestep_spacing=config.timestep_spacing or "leading").model_dump())
 
 
 def null_label(num_class_embeds: int, n_labels: int) -> int | None:

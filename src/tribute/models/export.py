@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tribute.config import NoiseScheduleConfig
 from tribute.errors import CheckpointError
 from tribute.files import write_whole_dir
+from tribute.models.build import build_ddim_scheduler
 from tribute.models.checkpoint import Checkpoint, build_model
-
-if TYPE_CHECKING:
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 PIPELINE = "DDIMPipeline"
 """Its scheduler says all that our deterministic sampler needs; `DDPMPipeline` loads the same folder."""
@@ -80,14 +77,6 @@ def usage(checkpoint: Checkpoint, folder: str) -> str:
         f"unet = UNet2DModel.from_pretrained({folder!r}, subfolder='unet')\n"
         f"scheduler = DDIMScheduler.from_pretrained({folder!r}, subfolder='scheduler')"
     )
-
-
-def build_ddim_scheduler(noise_schedule: NoiseScheduleConfig) -> DDIMScheduler:
-    """The DDIM scheduler (Song et al. 2021) of a forward process."""
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-    values = noise_schedule.model_dump()
-    return DDIMScheduler(**{**values, "timestep_spacing": noise_schedule.timestep_spacing or "leading"})
 
 
 def _noise_schedule(checkpoint: Checkpoint) -> NoiseScheduleConfig:

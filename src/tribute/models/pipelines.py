@@ -26,7 +26,7 @@ from tribute.models.checkpoint import FORMAT_VERSION, Checkpoint, Tensors, check
 logger = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-_HUB_ID = re.compile(r"^(?:hub:)?(?P<name>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?$")
+_HUB_ID = re.compile(r"^(?:hub:)?(?P<name>\w[\w.-]*/\w[\w.-]*?)(?:@(?P<revision>[\w./-]+))?$")
 
 SCHEDULERS = (
     "DDPMScheduler",
@@ -80,7 +80,7 @@ def load_model(where: Path | str) -> Checkpoint:
     path = Path(where)
     if is_pipeline_folder(path):
         return read_pipeline(path, origin={"name": path.resolve().name})
-    hub_id = _HUB_ID.match(path.as_posix())
+    hub_id = _HUB_ID.match(where if isinstance(where, str) else where.as_posix())
     if not path.exists() and hub_id and not path.parent.exists():
         name, revision = hub_id["name"], hub_id["revision"]
         folder = fetch_from_hub(name, revision)

@@ -52,18 +52,20 @@ def credit_section(run_dir: Path) -> str:
         version = summary["provenance"]["tribute"]
     except FileNotFoundError as error:
         raise StoreError(
-            f"--run: {run_dir} holds no summary.json; expected the run folder of a finished study, as `tribute run` writes"
+            f"--run: {run_dir} holds no summary.json; expected the run folder of a finished study, "
+            "as `tribute run` writes"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise StoreError(f"{path} cannot be read as the summary of a study ({error}); run the study again") from error
     return "\n\n".join(
         [
             "## Training-data credit",
-            f"Credit of the {len(names)} contributors of the training data, by the study {escape(str(summary['name']))} "
-            f"of Tribute {escape(str(version))}.",
+            f"Credit of the {len(names)} contributors of the training data, by the study "
+            f"{escape(str(summary['name']))} of Tribute {escape(str(version))}.",
             *tables,
-            f"**Method.** Shapley values of the behavior over coalitions of contributors. The behavior of a coalition "
-            f"is measured on a pruned model that is fine-tuned on its data alone (sparsified fine-tuning: {_CITATION}).",
+            "**Method.** Shapley values of the behavior over coalitions of contributors. The behavior of "
+            f"a coalition is measured on a pruned model that is fine-tuned on its data alone (sparsified fine-tuning: "
+            f"{_CITATION}).",
             f"**Limits.**\n\n{_LIMITS}",
         ]
     )
