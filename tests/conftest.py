@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 from typing import Any
 
 # One thread here and in every child, before torch reads it: sums then have one order everywhere.
@@ -14,6 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
+import torch
 
 from tribute.config import NoiseScheduleConfig, UNetConfig
 from tribute.types import Images
@@ -80,3 +82,23 @@ def in_new_process(process_server: ForkServerContext) -> Callable[..., Any]:
             return pool.submit(function, *args).result()
 
     return call
+
+
+@pytest.fixture
+def write_pipeline(tmp_path: Path, unet_config: UNetConfig) -> Callable[..., Path]:
+    """Writes a pipeline of random weights; keyword arguments change its network."""
+    from diffusers.models.unets.unet_2d import UNet2DModel
+    from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    def write(scheduler: Any = None, **changes: Any) -> Path:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            unet = UNet2DModel(**{**unet_config.model_dump(), **changes})
+        scheduler = scheduler or DDPMScheduler(num_train_timesteps=50, beta_end=0.2)
+        pipeline = DDPMPipeline(unet, scheduler)
+        folder = tmp_path / "pipeline"
+        pipeline.save_pretrained(folder)
+        return folder
+
+    return write

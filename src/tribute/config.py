@@ -23,6 +23,7 @@ MixedPrecision = Literal["no", "fp16", "bf16"]
 PrunerName = Literal["magnitude", "taylor", "random", "reinit", "diff-pruning"]
 SamplerName = Literal["ddim", "dpm-solver++"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Variance = Annotated[float, Field(ge=0, le=1)]
 
 
 class Config(BaseModel):
@@ -79,6 +80,21 @@ class UNetConfig(Config):
         description="Classes of a conditional network, one more than labels to guide it; None: none.",
     )
     add_attention: bool = Field(default=True, description="Attention in the middle block.")
+    center_input_sample: bool = Field(default=False, description="Map the input from [0, 1] to [-1, 1] first.")
+    time_embedding_type: Literal["positional", "learned"] = "positional"
+    time_embedding_dim: int | None = Field(
+        default=None, gt=0, description="Width of the time embedding; None: four times the first block's channels."
+    )
+    num_train_timesteps: int | None = Field(default=None, gt=0, description="Rows of a learned time embedding.")
+    mid_block_type: str | None = Field(default="UNetMidBlock2D", description="None: no middle block.")
+    mid_block_scale_factor: float = Field(default=1.0, gt=0, description="The middle block's output is divided by it.")
+    downsample_type: Literal["conv", "resnet"] = "conv"
+    upsample_type: Literal["conv", "resnet"] = "conv"
+    act_fn: str = Field(default="silu", description="Activation of the residual layers.")
+    attn_norm_num_groups: int | None = Field(
+        default=None, gt=0, description="Groups of the middle attention's GroupNorm; None: norm_num_groups."
+    )
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
 
 
 class NoiseScheduleConfig(Config):
@@ -90,6 +106,28 @@ class NoiseScheduleConfig(Config):
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     clip_sample: bool = Field(default=True, description="Clip the predicted image to [-1, 1] while sampling.")
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    trained_betas: tuple[Variance, ...] | None = Field(
+        default=None, description="Variance of every step; beta_start, beta_end and beta_schedule then do not count."
+    )
+    rescale_betas_zero_snr: bool = Field(default=False, description="The last noise level is noise alone.")
+    clip_sample_range: float = Field(default=1.0, gt=0, description="clip_sample clips to this and its negative.")
+    thresholding: bool = Field(default=False, description="Dynamic thresholding of the predicted image.")
+    dynamic_thresholding_ratio: float = Field(default=0.995, gt=0, le=1, description="Its quantile.")
+    sample_max_value: float = Field(default=1.0, gt=0, description="Its largest threshold.")
+    timestep_spacing: Literal["leading", "trailing", "linspace"] | None = Field(
+        default=None, description="Noise levels visited while sampling; None: leading for ddim, trailing for others."
+    )
+    steps_offset: int = Field(default=0, ge=0, description="Added to the noise levels of leading.")
+    set_alpha_to_one: bool = Field(default=True, description="ddim: the last step ends without noise.")
+
+    @model_validator(mode="after")
+    def _has_a_variance_for_every_step(self) -> Self:
+        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
+            raise ValueError(
+                f"trained_betas: expected one for each of {self.num_train_timesteps} steps, "
+                f"found {len(self.trained_betas)}"
+            )
+        return self
 
 
 class OptimizerConfig(Config):
@@ -297,6 +335,21 @@ class StudyModelConfig(Config):
     lr: float | None = Field(default=None, gt=0)
 
 
+class FullModelConfig(StudyModelConfig):
+    """The full model: trained, or loaded."""
+
+    load: str | None = Field(
+        default=None,
+        description="Start from this trained model: a checkpoint, a diffusers folder or a hub id. None: train one.",
+    )
+
+    @model_validator(mode="after")
+    def _is_trained_or_loaded(self) -> Self:
+        if self.load is not None and (self.n_steps, self.batch_size, self.lr) != (None, None, None):
+            raise ValueError("a model that is loaded is not trained: give load, or n_steps, batch_size and lr")
+        return self
+
+
 class FitCoalitionsConfig(Config):
     """Coalitions that attributions are fitted to."""
 
@@ -357,7 +410,7 @@ class StudyConfig(Config):
     outdir: Path = Path("runs")
     db: str | None = Field(default=None, description="Store; None: results.db in the run folder.")
     opt_seed: int = Field(default=42, ge=0, description="Root seed of the full, sparse and coalition models.")
-    full_model: StudyModelConfig = StudyModelConfig()
+    full_model: FullModelConfig = FullModelConfig()
     prune: PruneConfig = PruneConfig()
     sparse_model: StudyModelConfig = StudyModelConfig()
     gd: StudyModelConfig = StudyModelConfig()

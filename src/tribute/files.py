@@ -40,8 +40,9 @@ def write_whole_dir(path: Path, write: Callable[[Path], None]) -> None:
     try:
         partial.mkdir()
         write(partial)
-        for file in partial.iterdir():
-            _flush_to_disk(file)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _flush_to_disk(file)
         if path.exists():
             path.replace(replaced)
         try:

@@ -1,4 +1,4 @@
-"""`tribute export`: write a store for other programs."""
+"""`tribute export`: write a store for other programs, or a model for those who use diffusers."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from pydantic import Field
 
 from tribute.cli.arguments import SOURCE_FLAGS, Arguments, parse
 from tribute.cli.console import print_line
-from tribute.data.sources import load_contributors
-from tribute.store.interchange import export_csv, export_jsonl
-from tribute.store.records import Store
+from tribute.errors import ConfigError
+
+_STORE_FLAGS = ("db", "out", "exp_name", "dataset", "data_dir", "max_examples")
+_MODEL_FLAGS = ("model", "to", "run")
 
 
 class ExportArguments(Arguments):
-    """Flags of `tribute export`."""
+    """Flags of `tribute export`: those of a store, or those of a model."""
 
-    db: str = Field(description="Store: a file, or a SQLAlchemy URL.")
-    out: Path = Field(description="File to write.")
+    db: str | None = Field(default=None, description="Store: a file, or a SQLAlchemy URL.")
+    out: Path | None = Field(default=None, description="With --db: file to write.")
     format: Literal["jsonl", "csv"] = Field(default="jsonl", description="jsonl: the published layout.")
-    exp_name: str | None = Field(default=None, description="Only this experiment.")
+    exp_name: str | None = Field(default=None, description="With --db: only this experiment.")
     dataset: str | None = Field(
         default=None, description="Write example indices of this dataset, as published; None: contributor indices."
     )
@@ -31,18 +32,67 @@ class ExportArguments(Arguments):
     contributor_column: str | None = Field(default=None, description="With --dataset: column of the owners.")
     label_column: str | None = Field(default=None, description="With --dataset: column of the classes.")
     split: str = Field(default="train", description="With --dataset: part of it.")
+    model: Path | None = Field(default=None, description="Model: a checkpoint that is not pruned.")
+    to: Path | None = Field(default=None, description="With --model: new folder in the format of diffusers.")
+    use_ema: bool = Field(default=True, description="With --model: write the moving average of the weights.")
+    run: Path | None = Field(
+        default=None, description="With --model: run folder of a study, whose credit goes into a model card."
+    )
 
 
 def run(argv: Sequence[str], prog: str) -> None:
-    """Parse the flags, write the file, print how many evaluations it holds."""
-    arguments = parse(ExportArguments, argv, prog=prog, description="Write a store for other programs.")
-    with Store.open(arguments.db, create=False) as store:
+    """Parse the flags, write what they name."""
+    description = "Write a store for other programs (--db, --out), or a model as a diffusers folder (--model, --to)."
+    arguments = parse(ExportArguments, argv, prog=prog, description=description)
+    of_store = [f"--{name}" for name in _STORE_FLAGS if getattr(arguments, name) is not None]
+    of_model = [f"--{name}" for name in _MODEL_FLAGS if getattr(arguments, name) is not None]
+    if of_store and of_model:
+        raise ConfigError(
+            f"expected the flags of a store (--db, --out) or those of a model (--model, --to); found "
+            f"{', '.join(of_store)} beside {', '.join(of_model)}"
+        )
+    if of_model:
+        if arguments.model is None or arguments.to is None:
+            raise ConfigError(f"--model, --to: expected both; found {', '.join(of_model)}")
+        _export_model(arguments.model, arguments.to, use_ema=arguments.use_ema, run_dir=arguments.run)
+    else:
+        if arguments.db is None or arguments.out is None:
+            raise ConfigError(
+                f"expected --db and --out to export a store, or --model and --to to export a model; "
+                f"found {', '.join(of_store) or 'none of them'}"
+            )
+        _export_store(arguments, arguments.db, arguments.out)
+
+
+def _export_store(arguments: ExportArguments, db: str, out: Path) -> None:
+    """Write the evaluations of a store, print how many there are."""
+    from tribute.data.sources import load_contributors
+    from tribute.store.interchange import export_csv, export_jsonl
+    from tribute.store.records import Store
+
+    with Store.open(db, create=False) as store:
         if arguments.format == "csv":
-            n_lines = export_csv(store, arguments.out, exp_name=arguments.exp_name)
+            n_lines = export_csv(store, out, exp_name=arguments.exp_name)
         else:
             owners = None
             if arguments.dataset is not None:
                 source = {name: getattr(arguments, name) for name in SOURCE_FLAGS}
                 owners = load_contributors(**source).contributor_of_example
-            n_lines = export_jsonl(store, arguments.out, contributor_of_example=owners, exp_name=arguments.exp_name)
-    print_line(f"wrote {n_lines:,} evaluations to {arguments.out}")
+            n_lines = export_jsonl(store, out, contributor_of_example=owners, exp_name=arguments.exp_name)
+    print_line(f"wrote {n_lines:,} evaluations to {out}")
+
+
+def _export_model(model: Path, to: Path, *, use_ema: bool, run_dir: Path | None) -> None:
+    """Write a model as a diffusers folder, with a model card where a study says whom to credit."""
+    from tribute.models.export import export_model, usage
+    from tribute.models.pipelines import load_model
+    from tribute.study.model_card import model_card
+
+    checkpoint = load_model(model)
+    readme = None if run_dir is None else model_card(run_dir, title=to.name, usage=usage(checkpoint, to.name))
+    export_model(checkpoint, to, use_ema=use_ema, readme=readme)
+    print_line(f"wrote {to}; load it by:")
+    for line in usage(checkpoint, str(to)).splitlines():
+        print_line(f"  {line}")
+    if readme is not None:
+        print_line(f"wrote {to / 'README.md'}: a model card with the section Training-data credit")

@@ -10,14 +10,16 @@ from pydantic import Field
 from tribute.cli.arguments import DataArguments, Pruner, parse, print_settings
 from tribute.cli.console import print_line, print_table
 from tribute.cli.train_command import prune_settings, training_preset
-from tribute.models.checkpoint import load_checkpoint
+from tribute.models.pipelines import load_model
 from tribute.study.layout import dataset_name, models_dir, pruning_name
 
 
 class PruneArguments(DataArguments):
     """Flags of `prune.py`."""
 
-    load: Path = Field(description="Checkpoint of the full model: a ckpt_steps_* folder, or the one above it.")
+    load: Path = Field(
+        description="The full model: a ckpt_steps_* folder or the one above it, a diffusers folder, or a hub id."
+    )
     pruning_ratio: float = Field(
         default=0.3, description="Fraction of channels REMOVED per layer (the published help says remaining)."
     )
@@ -31,7 +33,7 @@ def run(argv: Sequence[str], prog: str) -> None:
     """Parse the flags, prune, print what was removed."""
     arguments = parse(PruneArguments, argv, prog=prog, description="Prune a trained model.")
     prune = prune_settings(arguments)
-    full = load_checkpoint(arguments.load)
+    full = load_model(arguments.load)
     source = arguments.source(full.meta.get("source"))
     preset = training_preset(arguments, source.dataset, full).with_codec(arguments.codec)
     folder = models_dir(

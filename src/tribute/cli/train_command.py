@@ -20,7 +20,8 @@ from tribute.cli.console import EncodingReport, TrainingReport, print_line
 from tribute.config import DataConfig, Preset, PruneConfig
 from tribute.errors import CheckpointError, ConfigError
 from tribute.games.designs import coalition_of
-from tribute.models.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from tribute.models.checkpoint import Checkpoint, list_checkpoints
+from tribute.models.pipelines import adopt_model, load_model
 from tribute.study.layout import dataset_name, models_dir, pruning_name, removal_name
 from tribute.unlearning.base import METHODS, PLANNED_METHODS, check_method
 
@@ -32,7 +33,9 @@ class TrainArguments(DataArguments, RemovalArguments, PublishedTrainingArguments
 
     method: str = Field(description="retrain, prune_fine_tune or gd; ga, lora and iu are not in this version.")
     load: Path | None = Field(
-        default=None, description="Checkpoint to start from: needed by gd; prune_fine_tune finds what prune.py wrote."
+        default=None,
+        description="Model to start from: a checkpoint, a diffusers folder or a hub id. Needed by gd; prune_fine_tune "
+        "finds what prune.py wrote.",
     )
     pruning_ratio: float = Field(default=0.3, description="Fraction of channels REMOVED per layer.")
     pruner: Pruner = "magnitude"
@@ -59,9 +62,7 @@ def run(argv: Sequence[str], prog: str) -> None:
         arguments.refuse_what_is_missing()
     prune = prune_settings(arguments)
     start_path = find_start(arguments, prune)
-    start = (
-        None if start_path is None or (arguments.dry_run and not start_path.exists()) else load_checkpoint(start_path)
-    )
+    start = None if start_path is None or (arguments.dry_run and not start_path.exists()) else load_model(start_path)
     source = arguments.source(None if start is None else start.meta.get("source"))
     preset = training_preset(arguments, source.dataset, start).with_codec(arguments.codec)
     arguments.check_precompute_stage(preset)
@@ -190,6 +191,8 @@ def training_preset(arguments: DataArguments, dataset: str, start: Checkpoint | 
     """The preset of the flags; a model that is loaded keeps its own architecture and noise schedule."""
     if start is None:
         return arguments.load_preset(dataset)
+    if "preset" not in start.meta:
+        return adopt_model(arguments.load_preset(dataset), start)
     saved = Preset.parse(start.meta["preset"], where=f"{start.path}/config.json")
     if arguments.preset is None:
         return saved

@@ -23,7 +23,8 @@ from tribute.cli.train_command import training_preset
 from tribute.config import SampleConfig
 from tribute.errors import ConfigError, MixedResultsError, NotImplementedYet, StoreError
 from tribute.games.designs import coalition_of
-from tribute.models.checkpoint import Checkpoint, load_checkpoint
+from tribute.models.checkpoint import Checkpoint
+from tribute.models.pipelines import load_model
 from tribute.study.layout import dataset_name, models_dir, removal_name
 from tribute.unlearning.base import check_method
 
@@ -32,7 +33,8 @@ class UnlearnArguments(DataArguments, RemovalArguments, PublishedTrainingArgumen
     """Flags of `unlearn.py`."""
 
     load: Path = Field(
-        description="Checkpoint: the sparse (or full) model for gd, the coalition's own model for retrain."
+        description="The sparse (or full) model for gd, the coalition's own model for retrain: a checkpoint, a "
+        "diffusers folder, or a hub id."
     )
     db: str = Field(description="Store: a file, or a SQLAlchemy URL.")
     exp_name: str = Field(description="Name under which the result is recorded.")
@@ -55,6 +57,9 @@ class UnlearnArguments(DataArguments, RemovalArguments, PublishedTrainingArgumen
     num_inference_steps: int | None = Field(default=None, gt=0, description="Sampling steps; None: the preset's.")
     sampler: Literal["ddim", "dpm-solver++"] | None = Field(default=None, description="None: the preset's.")
     sample_batch_size: int | None = Field(default=None, gt=0, description="Never changes a result.")
+    guidance_scale: float | None = Field(
+        default=None, ge=0, description="Of classifier-free guidance, for conditional models; None: the preset's."
+    )
     use_ema: bool = Field(default=True, description="Measure the moving average of the weights.")
     save_samples: Path | None = Field(default=None, description="Also write the first 64 images as a PNG grid.")
     n_local_samples: int = Field(default=100, gt=0, description="For --model_behavior local.")
@@ -70,7 +75,7 @@ def run(argv: Sequence[str], prog: str) -> None:
         raise ConfigError("--precompute_stage save: encodes and stops, which main.py does; leave it out here, or reuse")
     behaviors = behavior_list(arguments.model_behavior)
     features = arguments.features(behaviors)
-    checkpoint = load_checkpoint(arguments.load)
+    checkpoint = load_model(arguments.load)
     check_pruning_flags(arguments, checkpoint)
     source = arguments.source(checkpoint.meta.get("source"))
     preset = training_preset(arguments, source.dataset, checkpoint).with_codec(arguments.codec)
@@ -222,6 +227,7 @@ def sample_settings(arguments: UnlearnArguments, base: SampleConfig) -> SampleCo
         "num_inference_steps": arguments.num_inference_steps,
         "sampler": arguments.sampler,
         "batch_size": arguments.sample_batch_size,
+        "guidance_scale": arguments.guidance_scale,
     }
     return base.replace(**{key: value for key, value in flags.items() if value is not None})
 

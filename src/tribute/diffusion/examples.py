@@ -22,6 +22,11 @@ class TrainingExamples(Protocol):
         ...
 
     @property
+    def n_labels(self) -> int:
+        """Labels that there are, those without an example included; 0 where there are none."""
+        ...
+
+    @property
     def can_flip(self) -> bool:
         """Whether a mirrored example is the example of the mirrored image."""
         ...
@@ -44,14 +49,18 @@ class PixelExamples:
 
     Args:
         images: `(n_examples, height, width, channels)` uint8, in memory or memory-mapped.
-        labels: `(n_examples,)`.
+        labels: `(n_examples,)`, in [0, n_labels).
+        n_labels: Labels that there are; None: as many as the largest label says.
     """
 
     can_flip = True
 
-    def __init__(self, images: Images, labels: npt.NDArray[np.int64] | None = None) -> None:
+    def __init__(
+        self, images: Images, labels: npt.NDArray[np.int64] | None = None, n_labels: int | None = None
+    ) -> None:
         self.images = images
         self.labels = labels
+        self.n_labels = count_labels(labels) if n_labels is None else n_labels
 
     def __len__(self) -> int:
         return len(self.images)
@@ -67,17 +76,24 @@ class LatentExamples:
     Args:
         latents: `(n_examples, channels, height, width)` float32, in memory or memory-mapped; where there is a
             posterior, its means and then its log-variances along the channels.
-        labels: `(n_examples,)`.
+        labels: `(n_examples,)`, in [0, n_labels).
+        n_labels: Labels that there are; None: as many as the largest label says.
         has_posterior: Whether the latents are a posterior's parameters.
     """
 
     can_flip = False
 
     def __init__(
-        self, latents: Latents, labels: npt.NDArray[np.int64] | None = None, *, has_posterior: bool = False
+        self,
+        latents: Latents,
+        labels: npt.NDArray[np.int64] | None = None,
+        n_labels: int | None = None,
+        *,
+        has_posterior: bool = False,
     ) -> None:
         self.latents = latents
         self.labels = labels
+        self.n_labels = count_labels(labels) if n_labels is None else n_labels
         self.has_posterior = has_posterior
 
     def __len__(self) -> int:
@@ -94,3 +110,8 @@ class LatentExamples:
             return stored
         mean, log_variance = stored.chunk(2, dim=1)
         return mean + torch.exp(0.5 * log_variance) * torch.randn(mean.shape, generator=generator)
+
+
+def count_labels(labels: npt.NDArray[np.int64] | None) -> int:
+    """Labels up to the largest that occurs; 0 where there are none."""
+    return 0 if labels is None else int(labels.max(initial=-1)) + 1

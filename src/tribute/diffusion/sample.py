@@ -12,6 +12,7 @@ import torch
 from tribute.config import NoiseScheduleConfig, SampleConfig
 from tribute.diffusion.loss import predict
 from tribute.errors import ConfigError
+from tribute.models.build import build_ddim_scheduler, check_classes
 from tribute.seeding import torch_stream
 from tribute.types import Images
 
@@ -33,23 +34,20 @@ def initial_noise(noise_seed: int, image_idx: Sequence[int], shape: tuple[int, i
 
 def build_sampler(config: SampleConfig, noise_schedule: NoiseScheduleConfig) -> Any:
     """A deterministic diffusers sampler: DDIM (Song et al. 2021) or DPM-Solver++ 2M (Lu et al. 2022)."""
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-    schedule = noise_schedule.model_dump()
     if config.num_inference_steps > noise_schedule.num_train_timesteps:
         raise ConfigError(
             f"num_inference_steps: expected at most the {noise_schedule.num_train_timesteps} noise levels "
             f"of training, found {config.num_inference_steps}"
         )
     if config.sampler == "ddim":
-        sampler = DDIMScheduler(**schedule, timestep_spacing="leading", set_alpha_to_one=True)
-    else:
-        del schedule["clip_sample"]
-        sampler = DPMSolverMultistepScheduler(
-            **schedule, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="trailing"
-        )
-    return sampler
+        return build_ddim_scheduler(noise_schedule)
+    schedule = noise_schedule.replace(timestep_spacing=noise_schedule.timestep_spacing or "trailing")
+    of_ddim_alone = {"clip_sample", "clip_sample_range", "set_alpha_to_one"}
+    return DPMSolverMultistepScheduler(
+        **schedule.model_dump(exclude=of_ddim_alone), algorithm_type="dpmsolver++", solver_order=2
+    )
 
 
 @torch.inference_mode()
@@ -83,6 +81,7 @@ def sample_images(
         `(n_images, height, width, channels)` uint8.
     """
     image_idx = range(config.n_samples) if image_idx is None else image_idx
+    check_guidance(model.config.get("num_class_embeds"), label_counts, config.guidance_scale)
     device = next(model.parameters()).device
     unet_config = model.config
     shape = (unet_config["in_channels"], unet_config["sample_size"], unet_config["sample_size"])
@@ -106,6 +105,27 @@ def sample_images(
             on_batch(min(start + config.batch_size, len(image_idx)))
     model.train(was_training)
     return np.concatenate(batches)
+
+
+def check_guidance(
+    num_class_embeds: int | None, label_counts: npt.NDArray[np.int64] | None, guidance_scale: float
+) -> None:
+    """Refuse to ask a network for what it cannot do: labels, or guidance by them.
+
+    Raises:
+        ConfigError: A class-conditional network without labels, with too few classes for them, or guided without a
+            class for no label; or an unconditional one that is to be guided.
+    """
+    if not num_class_embeds:
+        if guidance_scale != 1.0:
+            raise ConfigError(
+                f"guidance_scale: guidance needs a class-conditional network; found an unconditional one and "
+                f"{guidance_scale}. Leave guidance_scale at 1"
+            )
+        return
+    if label_counts is None:
+        raise ConfigError("a class-conditional network needs label_counts to sample from; found none")
+    check_classes(num_class_embeds, len(label_counts), guided=guidance_scale != 1.0, setting="guidance_scale")
 
 
 def draw_labels(label_counts: npt.NDArray[np.int64], image_idx: Sequence[int]) -> npt.NDArray[np.int64]:

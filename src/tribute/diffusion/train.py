@@ -24,7 +24,7 @@ from tribute.config import NoiseScheduleConfig, TrainConfig
 from tribute.diffusion.examples import PixelExamples, TrainingExamples
 from tribute.diffusion.loss import denoising_loss, draw_timesteps
 from tribute.errors import CheckpointError, ConfigError, MixedResultsError, TributeError
-from tribute.models.build import build_noise_schedule, null_label
+from tribute.models.build import build_noise_schedule, check_classes
 from tribute.models.checkpoint import (
     Checkpoint,
     delete_older,
@@ -356,16 +356,7 @@ class Trainer:
             return
         if self.examples.labels is None:
             raise ConfigError("unet: a class-conditional network needs labelled examples; found none")
-        n_labels = int(self.examples.labels.max()) + 1
-        if n_labels > n_classes:
-            raise ConfigError(
-                f"unet.num_class_embeds: expected at least the {n_labels} labels of the data, found {n_classes}"
-            )
-        if config.label_dropout > 0 and null_label(n_classes, n_labels) is None:
-            raise ConfigError(
-                f"label_dropout: guidance needs a class for no label; expected unet.num_class_embeds {n_labels + 1}, "
-                f"one more than labels, found {n_classes}"
-            )
+        check_classes(n_classes, self.examples.n_labels, guided=config.label_dropout > 0, setting="label_dropout")
 
 
 def batch_rows(n_examples: int, batch_size: int, batch_number: int, opt_seed: int) -> npt.NDArray[np.int64]:

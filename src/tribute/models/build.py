@@ -12,6 +12,7 @@ from tribute.seeding import stream_seed
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 
@@ -32,7 +33,7 @@ def build_unet(config: UNetConfig, *, opt_seed: int = 0, device: torch.device | 
         torch.manual_seed(stream_seed(opt_seed, "initial weights"))
         try:
             model = UNet2DModel(**config.model_dump())
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ConfigError(f"unet: diffusers refuses this architecture: {error}") from error
     torch.nn.Module.to(model, device)
     return model
@@ -42,12 +43,42 @@ def build_noise_schedule(config: NoiseScheduleConfig) -> DDPMScheduler:
     """The forward process of training, as a diffusers scheduler."""
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-    return DDPMScheduler(**config.model_dump())
+    return DDPMScheduler(**config.model_dump(exclude={"timestep_spacing", "set_alpha_to_one"}))
+
+
+def build_ddim_scheduler(config: NoiseScheduleConfig) -> DDIMScheduler:
+    """The deterministic sampler of Song et al. (2021), as a diffusers scheduler."""
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    return DDIMScheduler(**config.replace(timestep_spacing=config.timestep_spacing or "leading").model_dump())
 
 
 def null_label(num_class_embeds: int, n_labels: int) -> int | None:
     """The class that stands for no label: the last one, where there is one more than labels; None elsewhere."""
     return num_class_embeds - 1 if num_class_embeds > n_labels else None
+
+
+def check_classes(num_class_embeds: int, n_labels: int, *, guided: bool, setting: str) -> None:
+    """Refuse a class-conditional network that lacks a class for a label, or for no label where it is guided.
+
+    Args:
+        num_class_embeds: Classes of the network.
+        n_labels: Labels of the data.
+        guided: Whether a class for no label is needed.
+        setting: The setting that asks for guidance, for the message.
+
+    Raises:
+        ConfigError: There are fewer classes than needed.
+    """
+    if n_labels > num_class_embeds:
+        raise ConfigError(
+            f"unet.num_class_embeds: expected at least the {n_labels} labels of the data, found {num_class_embeds}"
+        )
+    if guided and null_label(num_class_embeds, n_labels) is None:
+        raise ConfigError(
+            f"{setting}: guidance needs a class for no label; expected unet.num_class_embeds {n_labels + 1}, "
+            f"one more than labels, found {num_class_embeds}"
+        )
 
 
 def count_parameters(model: torch.nn.Module) -> int:

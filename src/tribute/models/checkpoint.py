@@ -174,10 +174,10 @@ def load_checkpoint(path: Path, *, with_training_state: bool = False) -> Checkpo
     return Checkpoint(
         path=path,
         meta=meta,
-        unet=_load_tensors(path / "unet.safetensors"),
-        ema=_load_tensors(path / "ema.safetensors"),
+        unet=read_tensors(path / "unet.safetensors"),
+        ema=read_tensors(path / "ema.safetensors"),
         pruning=json.loads((path / "pruning.json").read_text()) if "pruning.json" in files else None,
-        training_state=_load_tensors(path / "training_state.safetensors")
+        training_state=read_tensors(path / "training_state.safetensors")
         if "training_state.safetensors" in wanted
         else None,
     )
@@ -265,7 +265,13 @@ def build_model(checkpoint: Checkpoint, *, use_ema: bool = True, device: torch.d
 
 
 def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], *, where: Path) -> None:
-    """Copy weights into a model; the error names the first tensors that do not fit."""
+    """Copy weights into a model; the error names the first tensor that does not fit."""
+    check_weights(model, tensors, where=where)
+    model.load_state_dict(dict(tensors))
+
+
+def check_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], *, where: Path) -> None:
+    """Refuse weights that do not fit a model, be it on the device `meta`; the error names the first such tensor."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if expected != found:
@@ -275,10 +281,9 @@ def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], *,
             f"{where} belongs to another architecture: {len(wrong)} tensors differ, e.g. {name}: "
             f"expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')}"
         )
-    model.load_state_dict(dict(tensors))
 
 
-def _load_tensors(path: Path) -> Tensors:
+def read_tensors(path: Path) -> Tensors:
     """Tensors of a safetensors file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -140,6 +140,8 @@ def apply_recipe(model: UNet2DModel, recipe: dict[str, Any]) -> None:
             _resize_linear(layer, *width)
         elif isinstance(layer, nn.GroupNorm):
             _resize_group_norm(layer, *width)
+        elif isinstance(layer, nn.Embedding):
+            _resize_embedding(layer, *width)
     _update_resamplers(model)
 
 
@@ -158,10 +160,13 @@ def _example_inputs(model: UNet2DModel) -> dict[str, torch.Tensor]:
     """One image and one timestep, on the model's device."""
     device = next(model.parameters()).device
     size = model.config["sample_size"]
-    return {
+    inputs = {
         "sample": torch.zeros(1, model.config["in_channels"], size, size, device=device),
         "timestep": torch.ones(1, dtype=torch.long, device=device),
     }
+    if model.config.get("num_class_embeds"):
+        inputs["class_labels"] = torch.zeros(1, dtype=torch.long, device=device)
+    return inputs
 
 
 def _num_heads(model: nn.Module) -> dict[nn.Module, int]:
@@ -211,6 +216,8 @@ def _widths(model: nn.Module) -> Iterator[tuple[str, list[int]]]:
             yield name, [layer.in_features, layer.out_features]
         elif isinstance(layer, nn.GroupNorm):
             yield name, [layer.num_groups, layer.num_channels]
+        elif isinstance(layer, nn.Embedding):
+            yield name, [layer.num_embeddings, layer.embedding_dim]
 
 
 def _resize_conv(layer: nn.Conv2d, n_in: int, n_out: int) -> None:
@@ -231,3 +238,8 @@ def _resize_group_norm(layer: nn.GroupNorm, n_groups: int, n_channels: int) -> N
     layer.num_groups, layer.num_channels = n_groups, n_channels
     layer.weight = nn.Parameter(torch.ones(n_channels))
     layer.bias = nn.Parameter(torch.zeros(n_channels))
+
+
+def _resize_embedding(layer: nn.Embedding, n_rows: int, width: int) -> None:
+    layer.num_embeddings, layer.embedding_dim = n_rows, width
+    layer.weight = nn.Parameter(torch.zeros(n_rows, width))

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
 import torch
 
 from tribute.config import Preset
@@ -92,7 +91,7 @@ class LatentSpace:
         """Of the codec that the latents were made with."""
         return self.cache.source["codec"]["fingerprint"]
 
-    def examples(self, labels: npt.NDArray[Any] | None = None) -> LatentExamples:
+    def examples(self) -> LatentExamples:
         """The training set as the network sees it."""
         latents = self.cache.latents
         channels = latents.shape[1] // (2 if self._has_posterior else 1)
@@ -102,7 +101,7 @@ class LatentSpace:
                 f"pixels, the UNet takes {self.unet.in_channels} and {self.unet.sample_size}x{self.unet.sample_size}; "
                 "choose another --preset"
             )
-        return LatentExamples(latents, labels, has_posterior=self._has_posterior)
+        return LatentExamples(latents, self.data.labels, len(self.data.label_names), has_posterior=self._has_posterior)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images `(n, channels, height, width)` in about [-1, 1] of scaled latents."""

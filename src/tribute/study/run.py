@@ -21,6 +21,7 @@ from tribute.games.designs import PAIRED_DESIGNS, coalitions_from
 from tribute.games.lds import MIN_TEST_COALITIONS, LDSTestSet
 from tribute.games.stopping import looks, narrow_enough, share_half_width
 from tribute.models.checkpoint import Checkpoint
+from tribute.models.pipelines import adopt_model, is_foreign, load_model
 from tribute.store.records import ClaimedEvaluation, EvaluationSpec, EvaluationTable, Store
 from tribute.study.attribution import (
     EndPoints,
@@ -33,7 +34,7 @@ from tribute.study.attribution import (
 from tribute.study.executors import SerialExecutor
 from tribute.study.layout import models_dir, pruning_name
 from tribute.study.provenance import provenance
-from tribute.study.stages import Saving, prune_model, train_model
+from tribute.study.stages import Saving, check_same_data, prune_model, train_model
 from tribute.study.value_function import Evaluation, ValueFunction
 from tribute.study.worker import Worker
 from tribute.types import Attributions, Behaviors, CoalitionMask, CoalitionMasks
@@ -138,6 +139,10 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult:
         MixedResultsError: The run folder or the store holds a study with other settings.
     """
     preset = config.load_preset()
+    loaded = None
+    if config.full_model.load is not None:
+        loaded = load_model(config.full_model.load)
+        preset = adopt_model(preset, loaded)
     listener.stage("Data")
     worker = Worker(
         config.data,
@@ -153,7 +158,7 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult:
     worker.behavior_definitions()  # loads every extractor: what is missing is found before hours of training
     if worker.classifier_accuracy is not None:
         listener.message(f"classifier: held-out accuracy {worker.classifier_accuracy:.1%}")
-    full, sparse = _train_and_prune(config, preset, worker, listener)
+    full, sparse = _train_and_prune(config, preset, worker, listener, loaded)
     sft = train_settings(preset, config.gd, "gd", config.opt_seed)
     retrain = train_settings(preset, config.retrained_model, "retrain", config.opt_seed)
     sampling = preset.sampling
@@ -205,7 +210,7 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult:
         ]
         timings = median_seconds(store, study_id, evaluation_ids)
     models = {
-        "full": {"n_steps": full.n_steps},
+        "full": {"n_steps": full.n_steps, **({"origin": full.meta["origin"]} if is_foreign(full) else {})},
         "sparse": {"n_steps": sparse.n_steps, **_pruning_summary(config, worker)},
     }
     return StudyResult(
@@ -252,13 +257,13 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def train_settings(preset: Preset, changes: StudyModelConfig, method: str, opt_seed: int) -> TrainConfig:
     """Training settings of a stage: the preset's, with the study's changes."""
-    return preset.train_config(method, opt_seed=opt_seed, **changes.model_dump())
+    return preset.train_config(method, opt_seed=opt_seed, **changes.model_dump(exclude={"load"}))
 
 
 def _train_and_prune(
-    config: StudyConfig, preset: Preset, worker: Worker, listener: Listener
+    config: StudyConfig, preset: Preset, worker: Worker, listener: Listener, loaded: Checkpoint | None
 ) -> tuple[Checkpoint, Checkpoint]:
-    """The full model, and the sparse model fine-tuned on everyone."""
+    """The full model, trained unless it was loaded, and the sparse model fine-tuned on everyone."""
     everyone = grand_coalition(worker.data.contributors.n_contributors)
 
     def saving(method: str, *parts: str) -> Saving:
@@ -273,14 +278,19 @@ def _train_and_prune(
         return on_log
 
     listener.stage("Full model")
-    full = train_model(
-        worker,
-        train_settings(preset, config.full_model, "retrain", config.opt_seed),
-        saving("retrain", "full"),
-        method="retrain",
-        coalition_mask=everyone,
-        on_log=report("training"),
-    )
+    if loaded is not None:
+        check_same_data(loaded, worker)
+        full = loaded
+        listener.message(f"loaded from {config.full_model.load}")
+    else:
+        full = train_model(
+            worker,
+            train_settings(preset, config.full_model, "retrain", config.opt_seed),
+            saving("retrain", "full"),
+            method="retrain",
+            coalition_mask=everyone,
+            on_log=report("training"),
+        )
     listener.stage("Sparse model")
     pruned, result = prune_model(worker, full, config.prune, _pruned_dir(config))
     summary = pruned.meta["pruning"] if result is None else result.summary()

@@ -16,6 +16,7 @@ from tribute.diffusion.train import CheckpointPolicy, Progress
 from tribute.errors import CheckpointError, MixedResultsError
 from tribute.models.build import build_unet
 from tribute.models.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
+from tribute.models.pipelines import is_foreign
 from tribute.models.pruning import PruningResult, prune_unet
 from tribute.seeding import numpy_stream, torch_stream
 from tribute.study.latents import LatentSpace
@@ -223,9 +224,15 @@ def checkpoint_meta(
         "codec": None if worker.latent_space is None else worker.latent_space.record(),
         "contributor_names": list(worker.data.contributors.names),
         "coalition": mask_to_text(coalition_mask),
-        "start": None if start is None else {"path": start.path.name, "hash": start.model_hash},
+        "start": None if start is None else {"path": start.path.name, "hash": start.model_hash, **_origin(start)},
         "provenance": provenance(str(worker.trainer.device)),
     }
+
+
+def _origin(start: Checkpoint) -> dict[str, Any]:
+    """Where a model that others made comes from, through all stages that began with it."""
+    origin = start.meta.get("origin") or (start.meta.get("start") or {}).get("origin")
+    return {} if origin is None else {"origin": origin}
 
 
 def check_same_data(checkpoint: Checkpoint, worker: Worker) -> None:
@@ -234,6 +241,8 @@ def check_same_data(checkpoint: Checkpoint, worker: Worker) -> None:
     Raises:
         MixedResultsError: Dataset, division among contributors, number of examples or codec differ.
     """
+    if is_foreign(checkpoint):
+        return  # it does not say what it was trained on
     saved_codec = (checkpoint.meta.get("codec") or {}).get("fingerprint")
     if saved_codec != worker.codec_identity().get("codec"):
         raise MixedResultsError(

@@ -70,7 +70,7 @@ class Worker:
         self.preset = preset
         self.cache_dir = cache_dir or default_cache_dir()
         self.trainer = Trainer(
-            PixelExamples(data.images, data.labels),
+            PixelExamples(data.images, data.labels, len(data.label_names)),
             preset.noise_schedule,
             mixed_precision=mixed_precision,
             device=device,
@@ -82,7 +82,7 @@ class Worker:
             self.latent_space = LatentSpace(
                 preset, data, reuse=reuse_latents, cache_dir=self.cache_dir, device=self.trainer.device
             )
-            self.trainer.examples = self.latent_space.examples(data.labels)
+            self.trainer.examples = self.latent_space.examples()
         self.measurement = Measurement(
             behaviors, data, features or FeatureConfig(), cache_dir=self.cache_dir, device=str(self.trainer.device)
         )

@@ -13,7 +13,8 @@ class AsIs:
     """The model of a checkpoint, which must be the one of the coalition asked for.
 
     Args:
-        checkpoint: A retrained model; `meta["coalition"]` holds its coalition as 0/1 text.
+        checkpoint: A retrained model; `meta["coalition"]` holds its coalition as 0/1 text. One without, made by
+            others, counts as trained on everyone.
         use_ema: Measure the moving average of the weights.
     """
 
@@ -30,7 +31,7 @@ class AsIs:
             reset_weights(untrained, opt_seed)
             return CoalitionModel(untrained, 0, 0.0)
         asked = mask_to_text(coalition_mask)
-        trained = self.checkpoint.meta.get("coalition", asked)
+        trained = self.checkpoint.meta.get("coalition", "1" * len(coalition_mask))
         if trained != asked:
             raise MixedResultsError(
                 f"--load: {self.checkpoint.path} was trained on the coalition {trained}, --removal_dist and "

@@ -1,0 +1,87 @@
+"""Studies of a model that others made, and of a class-conditional one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import TINY_PRESET, SilentListener
+from safetensors.torch import load_file, save_file
+
+from tribute.config import StudyConfig
+from tribute.errors import ConfigError, MixedResultsError
+from tribute.models.checkpoint import load_last_intact
+from tribute.store.records import Store
+from tribute.study.outputs import summary
+from tribute.study.run import run_study
+
+MakeStudy = Callable[..., StudyConfig]
+SMALL = {"fit": {"n_coalitions": 24, "n_end_points": 1, "first_removal_seed": 300}}
+NO_TEST = {"test": {"n_coalitions": 0}}
+
+
+def test_a_study_begins_with_the_model_that_it_is_given(
+    make_study: MakeStudy, write_pipeline: Callable[..., Path]
+) -> None:
+    folder = write_pipeline()
+    config = make_study(full_model={"load": str(folder)}, test={"n_coalitions": 3, "opt_seeds": [1]}, **SMALL)
+    result = run_study(config, SilentListener())
+    assert not (config.run_dir / "digits" / "retrain").exists()  # nothing was trained in its place
+    origin = summary(result)["models"]["full"]["origin"]
+    assert (origin["name"], origin["scheduler"]) == ("pipeline", "DDPMScheduler")
+    with Store.open(config.db_url, create=False) as store:
+        schedules = {str(item.spec.settings["noise_schedule"]["num_train_timesteps"]) for item in store.find()}
+    assert schedules == {"50"}
+    # The same folder with other weights is another study.
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv_in.bias"] += 1.0
+    save_file(tensors, weights)
+    with pytest.raises(MixedResultsError, match="pruned from another model"):
+        run_study(config, SilentListener())
+
+
+def test_a_model_is_trained_or_loaded(make_study: MakeStudy) -> None:
+    with pytest.raises(ConfigError, match="a model that is loaded is not trained"):
+        make_study(full_model={"load": "owner/name", "n_steps": 5})
+
+
+def test_a_conditional_study_trains_prunes_and_samples_with_labels(
+    make_study: MakeStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset = {**TINY_PRESET, "unet": {**TINY_PRESET["unet"], "num_class_embeds": 11}}
+    preset["training"] = {name: {**item, "label_dropout": 0.1} for name, item in TINY_PRESET["training"].items()}
+    preset["sampling"] = {**TINY_PRESET["sampling"], "guidance_scale": 1.5}
+    (tmp_path / "conditional.yaml").write_text(yaml.safe_dump(preset))
+    asked: list[list[int]] = []
+
+    def spy(model: object, config: object, schedule: object, *, label_counts: object, **options: object) -> object:
+        from tribute.diffusion.sample import sample_images
+
+        asked.append(list(label_counts))  # pyright: ignore[reportArgumentType]
+        return sample_images(model, config, schedule, label_counts=label_counts, **options)  # pyright: ignore
+
+    monkeypatch.setattr("tribute.study.value_function.sample_images", spy)
+    config = make_study(preset=str(tmp_path / "conditional.yaml"), **SMALL, **NO_TEST)
+    listener = SilentListener()
+    run_study(config, listener)
+    assert listener.n_evaluations == len(asked) == 26
+    # Contributors are the ten classes, so a coalition is asked for the labels of its own members.
+    with Store.open(config.db_url, create=False) as store:
+        masks = [list(item.spec.coalition_mask) for item in store.find()]
+    for mask, label_counts in zip(masks, asked, strict=True):
+        assert [count > 0 for count in label_counts] == (mask if any(mask) else [True] * 10)
+    sparse = next(config.run_dir.glob("digits/prune_fine_tune/models/*/full"))
+    found = load_last_intact(sparse)
+    assert found is not None and found.ema["class_embedding.weight"].shape[0] == 11
+
+
+def test_a_network_with_too_few_classes_is_refused_before_anything_is_trained(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    preset = {**TINY_PRESET, "unet": {**TINY_PRESET["unet"], "num_class_embeds": 7}}
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(preset))
+    with pytest.raises(ConfigError, match="expected at least the 10 labels of the data, found 7"):
+        run_study(make_study(preset=str(tmp_path / "few.yaml"), **NO_TEST), SilentListener())
