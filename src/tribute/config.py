@@ -22,6 +22,7 @@ from tribute.errors import ConfigError
 MixedPrecision = Literal["no", "fp16", "bf16"]
 PrunerName = Literal["magnitude", "taylor", "random", "reinit", "diff-pruning"]
 SamplerName = Literal["ddim", "dpm-solver++"]
+OptimizerName = Literal["Adam", "AdamW", "Adam8bit", "AdamW8bit"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -95,13 +96,33 @@ class NoiseScheduleConfig(Config):
 class OptimizerConfig(Config):
     """Optimizer and learning-rate schedule; defaults as published for CIFAR."""
 
-    name: Literal["Adam", "AdamW"] = "Adam"
+    name: OptimizerName = Field(default="Adam", description="The 8-bit ones keep quantised state (tribute[8bit]).")
     lr: float = Field(default=1e-4, gt=0, description="Learning rate.")
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     lr_schedule: Literal["constant", "cosine"] = Field(default="constant", description="Shape after the warm-up.")
     n_warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up.")
+
+    @property
+    def is_8bit(self) -> bool:
+        """Whether the optimizer's state is quantised to 8 bits."""
+        return self.name.endswith("8bit")
+
+
+class RuntimeConfig(Config):
+    """How the same result is computed: faster, or in less memory.
+
+    Nothing here changes a result by more than floating-point rounding (docs/performance.md has the tolerances), so it
+    is recorded with a result and is no part of its identity: a run may be resumed with other values.
+    """
+
+    compile: bool = Field(default=False, description="Compile the network (torch.compile), once per process.")
+    compile_backend: str = Field(default="inductor", description="Of torch.compile.")
+    channels_last: bool = Field(default=False, description="Keep activations as (n, height, width, channels).")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Compute activations again for the backward pass instead of keeping them."
+    )
 
 
 class TrainConfig(Config):
@@ -151,6 +172,7 @@ class SampleConfig(Config):
     guidance_scale: float = Field(
         default=1.0, ge=0, description="Of classifier-free guidance, for conditional networks; 1: none."
     )
+    mixed_precision: MixedPrecision = Field(default="no", description="Of the network's predictions.")
 
 
 class Preset(Config):
@@ -164,12 +186,20 @@ class Preset(Config):
     sampling: SampleConfig = SampleConfig()
 
     def train_config(self, method: str, **changes: Any) -> TrainConfig:
-        """The training settings of a method, with every `changes` that is not None applied."""
+        """The training settings of a method, with every `changes` that is not None applied.
+
+        Args:
+            method: One of `training`.
+            changes: Fields of `TrainConfig`; also `lr`, and `use_8bit_optimizer`, which takes the 8-bit form of the
+                method's optimizer where it is true.
+        """
         if method not in self.training:
             raise ConfigError(f"expected a method of this preset: {', '.join(self.training)}; found {method!r}")
         base = self.training[method]
         optimizer = {k: changes.pop(k) for k in ("lr",) if changes.get(k) is not None}
         changes.pop("lr", None)
+        if changes.pop("use_8bit_optimizer", False):
+            optimizer["name"] = f"{base.optimizer.name.removesuffix('8bit')}8bit"
         kept = {key: value for key, value in changes.items() if value is not None}
         if optimizer:
             kept["optimizer"] = {**base.optimizer.model_dump(), **optimizer}
@@ -208,6 +238,7 @@ class StudyModelConfig(Config):
 
     n_steps: int | None = Field(default=None, ge=0)
     batch_size: int | None = Field(default=None, gt=0)
+    gradient_accumulation_steps: int | None = Field(default=None, gt=0)
     lr: float | None = Field(default=None, gt=0)
 
 
@@ -269,6 +300,9 @@ class StudyConfig(Config):
     sparse_model: StudyModelConfig = StudyModelConfig()
     gd: StudyModelConfig = StudyModelConfig()
     retrained_model: StudyModelConfig = StudyModelConfig()
+    mixed_precision: MixedPrecision | None = Field(default=None, description="Of all training; None: the preset's.")
+    use_8bit_optimizer: bool = Field(default=False, description="Train with the 8-bit form of the preset's optimizers.")
+    runtime: RuntimeConfig = RuntimeConfig()
     sampling: dict[str, Any] = Field(default_factory=dict, description="Changes to the preset's sampling.")
     behaviors: tuple[str, ...] = ("fid", "inception_score")
     fit: FitCoalitionsConfig = FitCoalitionsConfig()
