@@ -332,9 +332,15 @@ class StudyConfig(Config):
         return self.db or str(self.run_dir / "results.db")
 
     def load_preset(self) -> Preset:
-        """The preset of the study, with the study's sampling settings applied."""
+        """The preset of the study, with the study's precision, optimizer and sampling settings applied."""
         preset = load_preset(self.preset or self.dataset)
-        return preset.replace(sampling={**preset.sampling.model_dump(), **self.sampling})
+        training = {
+            method: preset.train_config(
+                method, mixed_precision=self.mixed_precision, use_8bit_optimizer=self.use_8bit_optimizer
+            ).model_dump()
+            for method in preset.training
+        }
+        return preset.replace(training=training, sampling={**preset.sampling.model_dump(), **self.sampling})
 
 
 def canonical_json(values: Any) -> str:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from tribute.cli.console import print_line
-from tribute.config import DataConfig, Preset, load_preset, preset_names
+from tribute.config import DataConfig, Preset, RuntimeConfig, load_preset, preset_names
 from tribute.data.sources import SOURCES
 from tribute.errors import ConfigError, NotImplementedYet
 from tribute.games.removal import canonical_removal_dist
@@ -128,19 +128,34 @@ class PublishedTrainingArguments(Arguments):
     keep_all_ckpts: bool = Field(default=False, description="Keep every checkpoint instead of the last.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = Field(default=None, description="None: the preset's.")
     gradient_accumulation_steps: int | None = Field(default=None, gt=0, description="None: the preset's.")
-    use_8bit_optimizer: bool = Field(default=False, description="8-bit Adam (not in this version).")
+    use_8bit_optimizer: bool = Field(
+        default=False, description="Keep the optimizer's state in 8 bits (needs tribute[8bit])."
+    )
     precompute_stage: Literal["save", "reuse"] | None = Field(
         default=None, description="Latents of a codec (not in this version)."
     )
 
     def refuse_what_is_missing(self) -> None:
         """Published flags that this version does not provide are errors, never ignored."""
-        if self.use_8bit_optimizer:
-            raise NotImplementedYet("--use_8bit_optimizer is not part of this version; leave it out")
         if self.precompute_stage is not None:
             raise NotImplementedYet(
                 "--precompute_stage belongs to latent diffusion, which is not part of this version; leave it out"
             )
+
+
+class RuntimeArguments(Arguments):
+    """Flags that change how a result is computed, and not the result."""
+
+    compile: bool = Field(default=False, description="Compile the network (torch.compile), once per process.")
+    channels_last: bool = Field(default=False, description="Keep activations as (n, height, width, channels).")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Compute activations again for the backward pass instead of keeping them."
+    )
+
+    def runtime(self, base: RuntimeConfig | None = None) -> RuntimeConfig:
+        """How networks compute: as `base` says, and as the flags that are on say."""
+        names = ("compile", "channels_last", "gradient_checkpointing")
+        return (base or RuntimeConfig()).replace(**{name: True for name in names if getattr(self, name)})
 
 
 def parse(arguments_class: type[ArgumentsT], argv: Sequence[str], *, prog: str, description: str) -> ArgumentsT:

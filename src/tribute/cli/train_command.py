@@ -13,6 +13,7 @@ from tribute.cli.arguments import (
     Pruner,
     PublishedTrainingArguments,
     RemovalArguments,
+    RuntimeArguments,
     parse,
     print_settings,
 )
@@ -27,7 +28,7 @@ from tribute.unlearning.base import METHODS, PLANNED_METHODS, check_method
 TRAIN_METHODS = (*METHODS, "prune_fine_tune", *PLANNED_METHODS)
 
 
-class TrainArguments(DataArguments, RemovalArguments, PublishedTrainingArguments):
+class TrainArguments(DataArguments, RemovalArguments, PublishedTrainingArguments, RuntimeArguments):
     """Flags of `main.py`."""
 
     method: str = Field(description="retrain, prune_fine_tune or gd; ga, lora and iu are not in this version.")
@@ -70,6 +71,7 @@ def run(argv: Sequence[str], prog: str) -> None:
         lr=arguments.lr,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         mixed_precision=arguments.mixed_precision,
+        use_8bit_optimizer=arguments.use_8bit_optimizer,
         ema_inv_gamma=arguments.ema_inv_gamma,
         ema_power=arguments.ema_power,
         ema_max_decay=arguments.ema_max_decay,
@@ -85,6 +87,7 @@ def run(argv: Sequence[str], prog: str) -> None:
             {
                 "source": source,
                 "train": config,
+                "runtime": arguments.runtime(),
                 "start": start_path,
                 "removal": arguments.removal(),
                 "folder": folder,
@@ -92,13 +95,16 @@ def run(argv: Sequence[str], prog: str) -> None:
         )
         return
 
+    from tribute.diffusion.preflight import check_training
     from tribute.study.stages import Saving, train_model
     from tribute.study.worker import Worker
 
+    check_training(config, device=arguments.device, runtime=arguments.runtime())
     worker = Worker(
         source,
         preset,
         mixed_precision=config.mixed_precision,
+        runtime=arguments.runtime(),
         device=arguments.device,
         n_threads=arguments.n_threads,
         log_with=[arguments.report_to] if arguments.report_to else (),

@@ -29,7 +29,9 @@ def prepare_engine(
     accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig
 ) -> tuple[torch.nn.Module, Any]:
     """DeepSpeed's engine around a model, and its optimizer; batch and clipping are those of the settings."""
-    accelerator.state.deepspeed_plugin.deepspeed_config |= {
+    plugin = accelerator.state.deepspeed_plugin
+    assert plugin is not None  # for the type checker: `uses_deepspeed`
+    plugin.deepspeed_config |= {
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": config.batch_size // accelerator.num_processes,
         "gradient_accumulation_steps": 1,

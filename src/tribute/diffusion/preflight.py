@@ -26,11 +26,13 @@ class Launch:
         mixed_precision: What the launcher's configuration asks for; `no` where it says nothing, since Accelerate
             writes that for both.
         zero_stage: Of DeepSpeed; None without DeepSpeed.
+        is_main: Whether this is the process that writes.
     """
 
     n_processes: int = 1
     mixed_precision: str = "no"
     zero_stage: int | None = None
+    is_main: bool = True
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Launch:
@@ -40,6 +42,7 @@ class Launch:
             n_processes=int(environment.get("WORLD_SIZE", "1")),
             mixed_precision=environment.get("ACCELERATE_MIXED_PRECISION", "no").lower(),
             zero_stage=int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")) if uses_deepspeed else None,
+            is_main=environment.get("RANK", "0") == "0",
         )
 
 
@@ -66,9 +69,9 @@ def check_training(
     check_batch_size(config.batch_size, launch.n_processes)
     if launch.mixed_precision not in ("no", config.mixed_precision):
         raise ConfigError(
-            f"mixed_precision: the configuration of accelerate launch asks for {launch.mixed_precision!r}, the training "
-            f"settings for {config.mixed_precision!r}. Give --mixed_precision {launch.mixed_precision}, or remove "
-            "mixed_precision from that configuration, so that the settings decide"
+            f"mixed_precision: the configuration of accelerate launch asks for {launch.mixed_precision!r}, the "
+            f"training settings for {config.mixed_precision!r}. Give --mixed_precision {launch.mixed_precision}, or "
+            "remove mixed_precision from that configuration, so that the settings decide"
         )
     check_precision(config.mixed_precision, device)
     check_optimizer(config)

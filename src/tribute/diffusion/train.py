@@ -25,6 +25,7 @@ from tribute.diffusion.deepspeed import in_full_precision, prepare_engine, uses_
 from tribute.diffusion.examples import PixelExamples, TrainingExamples
 from tribute.diffusion.loss import denoising_loss, draw_timesteps
 from tribute.diffusion.preflight import check_batch_size, check_optimizer, check_precision
+from tribute.diffusion.processes import Processes
 from tribute.errors import CheckpointError, ConfigError, MixedResultsError, TributeError
 from tribute.models.build import build_noise_schedule, null_label
 from tribute.models.checkpoint import (
@@ -184,6 +185,7 @@ class Trainer:
         if device is not None and device.split(":")[0] != self.device.type:
             raise ConfigError(f"device: asked for {device!r}, found {self.device.type!r} only; leave --device out")
         check_runtime(self.runtime, self.device.type)
+        self.processes = Processes(self.accelerator)
         self._scaler_state = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
 
     @property
@@ -550,7 +552,7 @@ def _resume(
 
 def _load_optimizer(model: torch.nn.Module, optimizer: Any, found: Checkpoint) -> None:
     """Put the saved statistics back where the optimizer keeps them."""
-    state: dict[str, dict[str, torch.Tensor]] = {}
+    state: dict[str, dict[str, torch.Tensor | int]] = {}
     for key, value in (found.training_state or {}).items():
         _, statistic, name = key.split(".", 2)
         is_count = statistic == "step" and not value.is_floating_point()  # of an 8-bit optimizer

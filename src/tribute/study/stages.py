@@ -18,7 +18,6 @@ from tribute.models.build import build_unet
 from tribute.models.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
 from tribute.models.pruning import PruningResult, prune_unet
 from tribute.seeding import numpy_stream, torch_stream
-from tribute.study.provenance import provenance
 from tribute.study.worker import Worker
 from tribute.types import CoalitionMask
 from tribute.unlearning.as_is import mask_to_text
@@ -196,7 +195,7 @@ def checkpoint_meta(
         "contributor_names": list(worker.data.contributors.names),
         "coalition": mask_to_text(coalition_mask),
         "start": None if start is None else {"path": start.path.name, "hash": start.model_hash},
-        "provenance": provenance(str(worker.trainer.device)),
+        "provenance": worker.provenance(),
     }
 
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tribute.behaviors.base import Reference, behavior_variant, get_behavior, measure_behaviors
-from tribute.config import DataConfig, Preset, SampleConfig, TrainConfig
+from tribute.config import DataConfig, Preset, RuntimeConfig, SampleConfig, TrainConfig
 from tribute.data.sources import default_cache_dir, load_training_data
 from tribute.data.tensors import TrainingData
 from tribute.diffusion.examples import PixelExamples
 from tribute.diffusion.train import CheckpointPolicy, Trainer
 from tribute.errors import DataError
 from tribute.models.checkpoint import Checkpoint
+from tribute.study.provenance import provenance
 from tribute.study.value_function import ValueFunction
 from tribute.types import Images
 from tribute.unlearning.as_is import AsIs
@@ -37,6 +38,7 @@ class Worker:
         data: The training set; None loads `source`.
         behaviors: Names of the behaviors to measure.
         mixed_precision: `no`, `fp16` or `bf16`.
+        runtime: How networks compute.
         device: Where to train; None lets Accelerate choose.
         n_threads: Threads of this process; None leaves PyTorch's choice.
         cache_dir: Where the classifier is kept.
@@ -52,6 +54,7 @@ class Worker:
         data: TrainingData | None = None,
         behaviors: Sequence[str] = (),
         mixed_precision: str = "no",
+        runtime: RuntimeConfig | None = None,
         device: str | None = None,
         n_threads: int | None = None,
         cache_dir: Path | None = None,
@@ -77,6 +80,7 @@ class Worker:
             PixelExamples(data.images, data.labels),
             preset.noise_schedule,
             mixed_precision=mixed_precision,
+            runtime=runtime,
             device=device,
             log_with=log_with,
             project_dir=project_dir,
@@ -126,7 +130,13 @@ class Worker:
     def value_function(self, method: UnlearningMethod, sampling: SampleConfig) -> ValueFunction:
         """v(S) with this worker's behaviors."""
         return ValueFunction(
-            method, sampling, self.preset.noise_schedule, self.measure, label_counts=self.data.label_counts
+            method,
+            sampling,
+            self.preset.noise_schedule,
+            self.measure,
+            label_counts=self.data.label_counts,
+            runtime=self.trainer.runtime,
+            processes=self.trainer.processes,
         )
 
     def fine_tuning(
@@ -149,6 +159,14 @@ class Worker:
     def as_is(self, checkpoint: Checkpoint, *, use_ema: bool = True) -> AsIs:
         """The method `retrain` for a model that was trained beforehand."""
         return AsIs(checkpoint, use_ema=use_ema, device=str(self.trainer.device))
+
+    def provenance(self) -> dict[str, Any]:
+        """Where results of this worker come from: versions, commit, device, and how networks compute."""
+        return {
+            **provenance(str(self.trainer.device)),
+            "n_processes": self.trainer.processes.n,
+            "runtime": self.trainer.runtime.model_dump(mode="json"),
+        }
 
     def settings(
         self, sampling: SampleConfig, *, train: TrainConfig | None, start: str, use_ema: bool = True
