@@ -56,7 +56,7 @@ def train_in_parallel(
     reports: list[Progress] = []
     saved: list[int] = []
     save = train_module._save
-    train_module._save = lambda *args: (saved.append(args[4]), save(*args))
+    train_module._save = lambda *args, **kwargs: (saved.append(args[4]), save(*args, **kwargs))
     trainer.train(model, rows, config, checkpoints=policy, on_log=reports.append, log_freq=1)
     first = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from tribute.cli.arguments import (
     Pruner,
     PublishedTrainingArguments,
     RemovalArguments,
+    RuntimeArguments,
     parse,
     print_settings,
 )
@@ -29,7 +31,7 @@ from tribute.study.layout import dataset_name, models_dir, removal_name
 from tribute.unlearning.base import check_method
 
 
-class UnlearnArguments(DataArguments, RemovalArguments, PublishedTrainingArguments, FeatureArguments):
+class UnlearnArguments(DataArguments, RemovalArguments, PublishedTrainingArguments, RuntimeArguments, FeatureArguments):
     """Flags of `unlearn.py`."""
 
     load: Path = Field(
@@ -60,6 +62,9 @@ class UnlearnArguments(DataArguments, RemovalArguments, PublishedTrainingArgumen
     guidance_scale: float | None = Field(
         default=None, ge=0, description="Of classifier-free guidance, for conditional models; None: the preset's."
     )
+    sample_mixed_precision: Literal["no", "fp16", "bf16"] | None = Field(
+        default=None, description="None: the preset's."
+    )
     use_ema: bool = Field(default=True, description="Measure the moving average of the weights.")
     save_samples: Path | None = Field(default=None, description="Also write the first 64 images as a PNG grid.")
     n_local_samples: int = Field(default=100, gt=0, description="For --model_behavior local.")
@@ -70,7 +75,6 @@ def run(argv: Sequence[str], prog: str) -> None:
     """Parse the flags, measure the coalition, record and print the behaviors."""
     arguments = parse(UnlearnArguments, argv, prog=prog, description="Measure the behaviors of a coalition's model.")
     check_method(arguments.method)
-    arguments.refuse_what_is_missing()
     if arguments.precompute_stage == "save":
         raise ConfigError("--precompute_stage save: encodes and stops, which main.py does; leave it out here, or reuse")
     behaviors = behavior_list(arguments.model_behavior)
@@ -90,6 +94,7 @@ def run(argv: Sequence[str], prog: str) -> None:
             lr=arguments.lr,
             gradient_accumulation_steps=arguments.gradient_accumulation_steps,
             mixed_precision=arguments.mixed_precision,
+            use_8bit_optimizer=arguments.use_8bit_optimizer,
             opt_seed=arguments.opt_seed,
         )
     removal = arguments.removal()
@@ -101,6 +106,7 @@ def run(argv: Sequence[str], prog: str) -> None:
                 "method": arguments.method,
                 "train": train,
                 "sampling": sampling,
+                "runtime": arguments.runtime(),
                 "behaviors": behaviors,
                 "features": features,
                 "removal": removal,
@@ -110,20 +116,26 @@ def run(argv: Sequence[str], prog: str) -> None:
         )
         return
 
+    from tribute.diffusion.preflight import Launch, check_precision, check_training
     from tribute.store.records import EvaluationSpec, Store
     from tribute.study.executors import SerialExecutor
     from tribute.study.outputs import write_image_grid
-    from tribute.study.provenance import provenance
     from tribute.study.stages import Saving, check_same_data, checkpoint_policy
+    from tribute.study.team import Team
     from tribute.study.worker import Worker
 
-    with Store.open(arguments.db) as store:
+    launch = Launch.from_environment()
+    if train is not None:
+        check_training(train, device=arguments.device, runtime=arguments.runtime(), launch=launch)
+    check_precision(sampling.mixed_precision, arguments.device)
+    with Store.open(arguments.db) if launch.is_main else nullcontext() as store:
         worker = Worker(
             source,
             preset,
             behaviors=behaviors,
             features=features,
             mixed_precision=train.mixed_precision if train else "no",
+            runtime=arguments.runtime(),
             device=arguments.device,
             n_threads=arguments.n_threads,
             reuse_latents=arguments.precompute_stage == "reuse",
@@ -155,7 +167,11 @@ def run(argv: Sequence[str], prog: str) -> None:
                     removal=removal,
                 )
             method = worker.fine_tuning(checkpoint, train, use_ema=arguments.use_ema, checkpoints=policy)
-        value_function = worker.value_function(method, sampling)
+        value_functions = {arguments.method: worker.value_function(method, sampling)}
+        team = Team(worker.trainer.processes, value_functions, contributors.n_contributors)
+        if store is None:
+            team.follow()
+            return
         study_id = store.open_study(
             arguments.exp_name,
             dataset=source.dataset,
@@ -175,9 +191,11 @@ def run(argv: Sequence[str], prog: str) -> None:
         evaluation_ids = store.add(study_id, [spec])
         store.retry(study_id, evaluation_ids=evaluation_ids)
         executor = SerialExecutor(
-            lambda claimed: value_function(np.array(claimed.spec.coalition_mask), opt_seed=claimed.spec.opt_seed),
+            lambda claimed: team.measure(
+                arguments.method, np.array(claimed.spec.coalition_mask), opt_seed=claimed.spec.opt_seed
+            ),
             definitions=worker.behavior_definitions(),
-            provenance=provenance(str(worker.trainer.device)),
+            provenance=worker.provenance(),
             evaluation_ids=evaluation_ids,
             max_attempts=1,
         )
@@ -200,9 +218,10 @@ def run(argv: Sequence[str], prog: str) -> None:
         seconds = ", ".join(f"{name} {value:.1f} s" for name, value in record.seconds.items())
         if arguments.save_samples is not None:
             if not images:
-                images = [value_function(mask, opt_seed=opt_seed).images]
+                images = [team.measure(arguments.method, mask, opt_seed=opt_seed).images]
             write_image_grid(images[0][:64], arguments.save_samples)
             print_line(f"wrote {arguments.save_samples}")
+        team.dismiss()
         print_line(f"{'recorded' if n_done else 'was recorded before'} in {arguments.db} ({seconds})")
 
 
@@ -228,6 +247,7 @@ def sample_settings(arguments: UnlearnArguments, base: SampleConfig) -> SampleCo
         "sampler": arguments.sampler,
         "batch_size": arguments.sample_batch_size,
         "guidance_scale": arguments.guidance_scale,
+        "mixed_precision": arguments.sample_mixed_precision,
     }
     return base.replace(**{key: value for key, value in flags.items() if value is not None})
 

@@ -10,7 +10,7 @@ import torch
 
 from tribute.behaviors.base import ModelBehavior, Reference
 from tribute.behaviors.features import FeatureExtractor
-from tribute.config import DataConfig, FeatureConfig, Preset, SampleConfig, TrainConfig
+from tribute.config import DataConfig, FeatureConfig, Preset, RuntimeConfig, SampleConfig, TrainConfig
 from tribute.data.sources import default_cache_dir, load_training_data
 from tribute.data.tensors import TrainingData
 from tribute.diffusion.examples import PixelExamples
@@ -19,6 +19,7 @@ from tribute.errors import DataError
 from tribute.models.checkpoint import Checkpoint
 from tribute.study.latents import LatentSpace
 from tribute.study.measurement import Measurement
+from tribute.study.provenance import provenance
 from tribute.study.value_function import ValueFunction
 from tribute.types import Images
 from tribute.unlearning.as_is import AsIs
@@ -37,6 +38,7 @@ class Worker:
         behaviors: Names of the behaviors to measure.
         features: Networks through which they see images, and where their weights are; None: the defaults.
         mixed_precision: `no`, `fp16` or `bf16`.
+        runtime: How networks compute.
         device: Where to train; None lets Accelerate choose.
         n_threads: Threads of this process; None leaves PyTorch's choice.
         cache_dir: Where the classifier, latents and features of real images are kept.
@@ -54,6 +56,7 @@ class Worker:
         behaviors: Sequence[str] = (),
         features: FeatureConfig | None = None,
         mixed_precision: str = "no",
+        runtime: RuntimeConfig | None = None,
         device: str | None = None,
         n_threads: int | None = None,
         cache_dir: Path | None = None,
@@ -73,6 +76,7 @@ class Worker:
             PixelExamples(data.images, data.labels, len(data.label_names)),
             preset.noise_schedule,
             mixed_precision=mixed_precision,
+            runtime=runtime,
             device=device,
             log_with=log_with,
             project_dir=project_dir,
@@ -129,6 +133,8 @@ class Worker:
             self.measure,
             label_counts=self.data.label_counts,
             decode=None if self.latent_space is None else self.latent_space.decode,
+            runtime=self.trainer.runtime,
+            processes=self.trainer.processes,
         )
 
     def fine_tuning(
@@ -151,6 +157,14 @@ class Worker:
     def as_is(self, checkpoint: Checkpoint, *, use_ema: bool = True) -> AsIs:
         """The method `retrain` for a model that was trained beforehand."""
         return AsIs(checkpoint, use_ema=use_ema, device=str(self.trainer.device))
+
+    def provenance(self) -> dict[str, Any]:
+        """Where results of this worker come from: versions, commit, device, and how networks compute."""
+        return {
+            **provenance(str(self.trainer.device)),
+            "n_processes": self.trainer.processes.n,
+            "runtime": self.trainer.runtime.model_dump(mode="json"),
+        }
 
     def settings(
         self, sampling: SampleConfig, *, train: TrainConfig | None, start: str, use_ema: bool = True
