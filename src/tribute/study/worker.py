@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tribute.behaviors.base import Reference, behavior_variant, get_behavior, measure_behaviors
-from tribute.config import DataConfig, Preset, SampleConfig, TrainConfig
+from tribute.behaviors.local import split_local
+from tribute.config import DataConfig, LocalConfig, Preset, SampleConfig, TrainConfig
 from tribute.data.sources import default_cache_dir, load_training_data
 from tribute.data.tensors import TrainingData
 from tribute.diffusion.examples import PixelExamples
 from tribute.diffusion.train import CheckpointPolicy, Trainer
-from tribute.errors import DataError
+from tribute.errors import ConfigError, DataError
+from tribute.games.coalitions import grand_coalition
 from tribute.models.checkpoint import Checkpoint
+from tribute.study.local import FullModelComparison
 from tribute.study.value_function import ValueFunction
 from tribute.types import Images
 from tribute.unlearning.as_is import AsIs
@@ -35,7 +38,7 @@ class Worker:
         source: Where the training set comes from.
         preset: Recipe of the dataset.
         data: The training set; None loads `source`.
-        behaviors: Names of the behaviors to measure.
+        behaviors: Names of the behaviors to measure; local ones need `compare_with` before the first evaluation.
         mixed_precision: `no`, `fp16` or `bf16`.
         device: Where to train; None lets Accelerate choose.
         n_threads: Threads of this process; None leaves PyTorch's choice.
@@ -71,6 +74,8 @@ class Worker:
         self.source = source
         self.data = data
         self.preset = preset
+        self.local_names, behaviors = split_local(behaviors)
+        self.local: FullModelComparison | None = None
         self.behaviors = [get_behavior(name) for name in behaviors]
         self.cache_dir = cache_dir or default_cache_dir()
         self.trainer = Trainer(
@@ -114,7 +119,7 @@ class Worker:
     def behavior_definitions(self) -> dict[str, dict[str, Any]]:
         """Unit, direction and variant of every behavior, to be stored with its values."""
         extractor = self.extractor if self.uses_features else None
-        return {
+        definitions = {
             behavior.name: {
                 "unit": behavior.unit,
                 "higher_is_better": behavior.higher_is_better,
@@ -122,11 +127,64 @@ class Worker:
             }
             for behavior in self.behaviors
         }
+        return definitions if self.local is None else definitions | self.local.definitions()
+
+    def reported_behaviors(self) -> list[str]:
+        """Names of the behaviors that are fitted and printed: all but the single images that only `local` brings."""
+        local = [] if self.local is None else self.local.reported_names()
+        return [*(behavior.name for behavior in self.behaviors), *local]
+
+    def compare_with(self, full: Checkpoint, sampling: SampleConfig, config: LocalConfig) -> SampleConfig:
+        """Measure local behaviors, where any are asked for, by comparing with this model from now on.
+
+        Args:
+            full: Trained on everybody.
+            sampling: How images are generated; `use_ema` says which weights of `full` count.
+            config: How many images and noises.
+
+        Returns:
+            `sampling`; with no more images than are compared where no behavior describes all images together.
+
+        Raises:
+            MixedResultsError: `full` has another noise schedule, or was trained on other data or on a part of it.
+        """
+        if not self.local_names:
+            return sampling
+        everybody = grand_coalition(self.data.contributors.n_contributors)
+        if not self.behaviors:
+            sampling = sampling.replace(n_samples=config.n_samples)
+        self.local = FullModelComparison(
+            full,
+            self.local_names,
+            sampling,
+            self.trainer.noise_schedule_config,
+            config,
+            data_fingerprint=self.data.fingerprint,
+            label_counts=self.data.label_counts(everybody),
+            device=self.trainer.device,
+        )
+        return sampling
 
     def value_function(self, method: UnlearningMethod, sampling: SampleConfig) -> ValueFunction:
-        """v(S) with this worker's behaviors."""
+        """v(S) with this worker's behaviors.
+
+        Raises:
+            ConfigError: Local behaviors are asked for, and there is no model to compare with.
+        """
+        if self.local_names and self.local is None:
+            raise ConfigError(
+                f"{', '.join(self.local_names)}: local behaviors compare with the full model, and none was given; "
+                "call compare_with first"
+            )
+        if self.local is not None and sampling != self.local.sampling:
+            raise ConfigError("images must be generated as compare_with was told; give the settings that it returned")
         return ValueFunction(
-            method, sampling, self.preset.noise_schedule, self.measure, label_counts=self.data.label_counts
+            method,
+            sampling,
+            self.preset.noise_schedule,
+            self.measure,
+            measure_model=None if self.local is None else self.local.measure,
+            label_counts=self.data.label_counts,
         )
 
     def fine_tuning(
@@ -168,5 +226,11 @@ class Worker:
             "sampling": sampling.model_dump(mode="json", exclude={"batch_size", "use_ema"}),
             "use_ema": use_ema,
             "noise_schedule": self.preset.noise_schedule.model_dump(mode="json"),
-            "behaviors": {name: item["variant"] for name, item in self.behavior_definitions().items()},
+            "behaviors": self._behaviors_identity(),
         }
+
+    def _behaviors_identity(self) -> dict[str, Any]:
+        """What makes behaviors comparable; the hundreds of local ones in a few words."""
+        local = {} if self.local is None else self.local.definitions()
+        variants = {name: item["variant"] for name, item in self.behavior_definitions().items() if name not in local}
+        return variants if self.local is None else variants | {"local": self.local.settings()}
