@@ -77,7 +77,9 @@ def image_losses(
     model.eval()
     for start in range(0, len(image_idx), batch_size):
         rows = image_idx[start : start + batch_size]
-        timesteps, noise = _draws(rows, draw_idx[start : start + batch_size], n_noises, n_levels, noise_seed, clean)
+        timesteps, noise = image_draws(
+            rows, draw_idx[start : start + batch_size], n_noises, n_levels, noise_seed, clean
+        )
         timesteps, noise = timesteps.to(device), noise.to(device)
         images = clean[torch.from_numpy(rows)].to(device)
         noisy = noise_schedule.add_noise(images, noise, timesteps)  # pyright: ignore[reportArgumentType]
@@ -127,7 +129,7 @@ def elbo_weights(noise_schedule: DDPMScheduler) -> torch.Tensor:
     return betas / (2 * (1 - betas) * (1 - cumulative))
 
 
-def _draws(
+def image_draws(
     image_idx: npt.NDArray[np.int64],
     draw_idx: npt.NDArray[np.int64],
     n_noises: int,
