@@ -33,12 +33,12 @@ LAYERS = (
 STRANGERS = (("games", "store"), ("diffusion", "behaviors"), ("unlearning", "behaviors"))
 
 # Who may import a heavy dependency: one owner where possible. diffusers has two, as networks live in models and the
-# samplers' schedulers in diffusion; unlearning only names the type of a network.
+# samplers' schedulers in diffusion; unlearning and study only name the type of a network.
 OWNERS = {
     "PIL": {"data"},
     "accelerate": {"diffusion"},
     "datasets": {"data"},
-    "diffusers": {"models", "diffusion", "unlearning"},
+    "diffusers": {"models", "diffusion", "unlearning", "study"},
     "jinja2": {"report"},
     "matplotlib": {"study", "report"},
     "peft": {"models"},

@@ -422,6 +422,13 @@ class TestCoalitionsConfig(Config):
     first_removal_seed: int = Field(default=0, ge=0)
 
 
+class LocalConfig(Config):
+    """How much local behaviors look at; defaults as published."""
+
+    n_samples: int = Field(default=100, gt=0, description="Images of the full model that are compared.")
+    n_noises: int = Field(default=50, gt=0, description="Noise levels for the diffusion loss of each image.")
+
+
 class StudyConfig(Config):
     """A whole study: what `tribute run STUDY.yaml` reads."""
 
@@ -452,6 +459,7 @@ class StudyConfig(Config):
     sampling: dict[str, Any] = Field(default_factory=dict, description="Changes to the preset's sampling.")
     behaviors: tuple[str, ...] = ("fid", "inception_score")
     features: FeatureConfig = FeatureConfig()
+    local: LocalConfig = LocalConfig()
     fit: FitCoalitionsConfig = FitCoalitionsConfig()
     test: TestCoalitionsConfig = TestCoalitionsConfig()
     estimator: Literal["auto", "gp", "size_adjusted", "ridge", "least_squares", "unbiased", "permutation"] = Field(

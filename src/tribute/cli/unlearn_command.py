@@ -22,8 +22,8 @@ from tribute.cli.arguments import (
 )
 from tribute.cli.console import print_line, print_table
 from tribute.cli.train_command import training_preset
-from tribute.config import SampleConfig
-from tribute.errors import ConfigError, MixedResultsError, NotImplementedYet, StoreError
+from tribute.config import LocalConfig, SampleConfig
+from tribute.errors import ConfigError, MixedResultsError, StoreError
 from tribute.games.designs import coalition_of
 from tribute.models.checkpoint import Checkpoint
 from tribute.models.pipelines import load_model
@@ -43,7 +43,11 @@ class UnlearnArguments(DataArguments, RemovalArguments, PublishedTrainingArgumen
     method: str = Field(description="gd or retrain; ga, lora and iu are not in this version.")
     model_behavior: str = Field(
         default="global",
-        description="global, or a list such as fid,is,kid@clip,my_module:my_function:lower; local is to come.",
+        description="global, local, or a list such as fid,kid@clip,local,avg_mse,my_module:my_function:lower.",
+    )
+    full_model: Path | None = Field(
+        default=None,
+        description="Checkpoint of the full model, for local behaviors; None: the model at --load, with gd.",
     )
     gd_steps: int | None = Field(default=None, ge=0, description="Updates of --method gd; None: the preset's.")
     batch_size: int | None = Field(default=None, gt=0, description="Examples per update; None: the preset's.")
@@ -67,8 +71,8 @@ class UnlearnArguments(DataArguments, RemovalArguments, PublishedTrainingArgumen
     )
     use_ema: bool = Field(default=True, description="Measure the moving average of the weights.")
     save_samples: Path | None = Field(default=None, description="Also write the first 64 images as a PNG grid.")
-    n_local_samples: int = Field(default=100, gt=0, description="For --model_behavior local.")
-    n_noises: int = Field(default=50, gt=0, description="For --model_behavior local.")
+    n_local_samples: int = Field(default=100, gt=0, description="Images that local behaviors compare.")
+    n_noises: int = Field(default=50, gt=0, description="Noise levels for the diffusion loss of each image.")
 
 
 def run(argv: Sequence[str], prog: str) -> None:
@@ -81,6 +85,7 @@ def run(argv: Sequence[str], prog: str) -> None:
     features = arguments.features(behaviors)
     checkpoint = load_model(arguments.load)
     check_pruning_flags(arguments, checkpoint)
+    full = full_model(arguments, behaviors, checkpoint)
     source = arguments.source(checkpoint.meta.get("source"))
     preset = training_preset(arguments, source.dataset, checkpoint).with_codec(arguments.codec)
     arguments.check_precompute_stage(preset)
@@ -109,6 +114,7 @@ def run(argv: Sequence[str], prog: str) -> None:
                 "runtime": arguments.runtime(),
                 "behaviors": behaviors,
                 "features": features,
+                "local": None if full is None else {"full_model": full.path, **dict(local_settings(arguments))},
                 "removal": removal,
                 "db": arguments.db,
                 "exp_name": arguments.exp_name,
@@ -141,6 +147,8 @@ def run(argv: Sequence[str], prog: str) -> None:
             reuse_latents=arguments.precompute_stage == "reuse",
         )
         check_same_data(checkpoint, worker)
+        if full is not None:
+            sampling = worker.compare_with(full, sampling.replace(use_ema=arguments.use_ema), local_settings(arguments))
         contributors = worker.data.contributors
         mask = coalition_of(
             removal["removal_dist"],
@@ -210,10 +218,13 @@ def run(argv: Sequence[str], prog: str) -> None:
         present = [name for name, is_in in zip(contributors.names, mask, strict=True) if is_in]
         print_line(f"{len(present)} of {len(mask)} contributors: {', '.join(present) or 'nobody'}")
         real = worker.measure(worker.data.reference_images[: sampling.n_samples])
+        shown = worker.reported_behaviors()
+        n_hidden = len(record.behaviors) - len(shown)
         print_table(
             f"{arguments.exp_name}: behaviors of {sampling.n_samples:,} images",
             ["behavior", "value", "real images"],
-            [[name, f"{value:.4f}", f"{real[name]:.4f}"] for name, value in record.behaviors.items()],
+            [[name, f"{record.behaviors[name]:.4f}", f"{real[name]:.4f}" if name in real else "-"] for name in shown],
+            note=f"and {n_hidden:,} values of single images, generated_image_0_mse and so on" if n_hidden else "",
         )
         seconds = ", ".join(f"{name} {value:.1f} s" for name, value in record.seconds.items())
         if arguments.save_samples is not None:
@@ -226,17 +237,39 @@ def run(argv: Sequence[str], prog: str) -> None:
 
 
 def behavior_list(model_behavior: str) -> list[str]:
-    """Names of the behaviors that `--model_behavior` means."""
+    """Names of the behaviors that `--model_behavior` means; `local` stays one."""
     from tribute.behaviors.base import GLOBAL_BEHAVIORS
 
-    if model_behavior == "global":
-        return list(GLOBAL_BEHAVIORS)
-    if model_behavior == "local":
-        raise NotImplementedYet(
-            "--model_behavior local (mse, ssim, diffusion_loss of single images) is not part of this version; "
-            "use global or a list of behaviors"
+    names: list[str] = []
+    for name in (part.strip() for part in model_behavior.split(",")):
+        names += GLOBAL_BEHAVIORS if name == "global" else [name] * bool(name)
+    return names
+
+
+def local_settings(arguments: UnlearnArguments) -> LocalConfig:
+    """How much local behaviors look at."""
+    return LocalConfig(n_samples=arguments.n_local_samples, n_noises=arguments.n_noises)
+
+
+def full_model(arguments: UnlearnArguments, behaviors: Sequence[str], checkpoint: Checkpoint) -> Checkpoint | None:
+    """The model that local behaviors compare with; None where there are none.
+
+    Raises:
+        ConfigError: With `retrain`, the model at `--load` is the coalition's own: another one must be named.
+    """
+    from tribute.behaviors.local import split_local
+
+    local_names, _ = split_local(behaviors)
+    if not local_names:
+        return None
+    if arguments.full_model is not None:
+        return load_model(arguments.full_model)
+    if arguments.method == "retrain":
+        raise ConfigError(
+            f"--full_model: {', '.join(local_names)} compare with the full model, and with --method retrain the model "
+            "at --load is the coalition's; name the one that main.py --method retrain trained on everybody"
         )
-    return [name.strip() for name in model_behavior.split(",") if name.strip()]
+    return checkpoint
 
 
 def sample_settings(arguments: UnlearnArguments, base: SampleConfig) -> SampleConfig:

@@ -175,7 +175,7 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult | None:
     full, sparse = _train_and_prune(config, preset, worker, listener, loaded)
     sft = train_settings(preset, config.gd, "gd", config.opt_seed)
     retrain = train_settings(preset, config.retrained_model, "retrain", config.opt_seed)
-    sampling = preset.sampling
+    sampling = worker.compare_with(full, preset.sampling, config.local)
     value_functions = {
         "gd": worker.value_function(worker.fine_tuning(sparse, sft, use_ema=sampling.use_ema), sampling),
         "retrain": worker.value_function(worker.retraining(retrain, use_ema=sampling.use_ema), sampling),
@@ -218,14 +218,14 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult | None:
                     contributor_names=table.names,
                 )
 
-            names = tuple(worker.behavior_definitions())
+            names = tuple(worker.reported_behaviors())
             specs = measure_until_narrow(config.fit.until_interval, specs, names, measure, credit, listener)
         evaluation_ids = measure(specs)
         team.dismiss()
         listener.stage("Attributions and LDS")
         results = [
             summarise_behavior(config, store, study_id, evaluation_ids, name, table.names)
-            for name in worker.behavior_definitions()
+            for name in worker.reported_behaviors()
         ]
         timings = median_seconds(store, study_id, evaluation_ids)
     models = {
@@ -517,10 +517,15 @@ def _evaluate(
     if n_before:
         listener.message(f"{n_before} of {n_total} evaluations are done already")
     remaining = {
-        method: len(store.find(study_id, method=method, statuses=("pending", "running"), evaluation_ids=evaluation_ids))
+        method: sum(
+            store.counts(
+                study_id, method=method, statuses=("pending", "running"), evaluation_ids=evaluation_ids
+            ).values()
+        )
         for method in team.value_functions
     }
     spent: dict[str, list[float]] = {method: [] for method in team.value_functions}
+    reported = worker.reported_behaviors()
     titles = {
         "empty": "end points",
         "grand": "end points",
@@ -542,7 +547,7 @@ def _evaluate(
         rates = {method: float(np.mean(values)) if values else 0.0 for method, values in spent.items()}
         fallback = max(rates.values())
         left = sum(count * (rates[method] or fallback) for method, count in remaining.items())
-        values = ", ".join(f"{name} {value:.3f}" for name, value in evaluation.behaviors.items())
+        values = ", ".join(f"{name} {evaluation.behaviors[name]:.3f}" for name in reported)
         title = titles[claimed.spec.role or "fit"]
         text = f"{title}: {values}; about {_duration(left)} left"
         listener.progress("coalitions", n_total - sum(remaining.values()), n_total, text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,9 @@ from tribute.diffusion.processes import Processes
 from tribute.diffusion.sample import sample_images
 from tribute.types import CoalitionMask, Images
 from tribute.unlearning.base import CoalitionModel, UnlearningMethod
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class ValueFunction:
         sampling: How images are generated.
         noise_schedule: Forward process of the models.
         measure: Behaviors of images, by name.
+        measure_model: Further behaviors, of the model and its images.
         label_counts: Of a coalition, the proportions in which a class-conditional model is asked for labels.
         decode: From latents to images; None for models of pixels.
         runtime: How models compute.
@@ -59,6 +64,7 @@ class ValueFunction:
         noise_schedule: NoiseScheduleConfig,
         measure: Callable[[Images], dict[str, float]],
         *,
+        measure_model: Callable[[UNet2DModel, Images], dict[str, float]] | None = None,
         label_counts: Callable[[CoalitionMask], npt.NDArray[np.int64]] | None = None,
         decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
         runtime: RuntimeConfig | None = None,
@@ -68,6 +74,7 @@ class ValueFunction:
         self.sampling = sampling
         self.noise_schedule = noise_schedule
         self.measure = measure
+        self.measure_model = measure_model
         self.label_counts = label_counts
         self.decode = decode
         self.runtime = runtime
@@ -78,6 +85,8 @@ class ValueFunction:
         obtained, images, seconds_sample = self.images(coalition_mask, opt_seed=opt_seed)
         started = time.perf_counter()
         behaviors = self.measure(images)
+        if self.measure_model is not None:
+            behaviors |= self.measure_model(obtained.model, images)
         seconds = {
             "train": obtained.seconds_train,
             "sample": seconds_sample,
