@@ -241,11 +241,13 @@ def test_fields_of_later_versions_leave_older_keys_alone() -> None:
     assert Architecture.from_stored(json.loads(json.dumps(plain.identity))) == plain
 
 
-def test_a_poor_classifier_is_named_in_a_warning(digits: Digits, caplog) -> None:
-    images, labels = digits
+@pytest.mark.parametrize(
+    ("accuracy", "n_classes", "poor"), [(0.7, 2, True), (0.8, 2, False), (0.54, 10, True), (0.56, 10, False)]
+)
+def test_a_poor_classifier_is_named_in_a_warning(accuracy: float, n_classes: int, poor: bool, caplog) -> None:
     with caplog.at_level(logging.WARNING):
-        quick((images, np.random.default_rng(0).permutation(labels)))
-    assert "rest on it say little" in caplog.text
+        training._warn_if_poor(accuracy, n_classes)
+    assert ("rest on it say little" in caplog.text) == poor
 
 
 def test_training_says_how_long_it_still_takes(digits: Digits, caplog, monkeypatch) -> None:
