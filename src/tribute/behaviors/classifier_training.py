@@ -79,14 +79,19 @@ def train_classifier(
         "Classifier trained in %d steps, %.0f s: accuracy %.4f on %d held out",
         *(n_steps, progress.elapsed(), accuracy, len(held_rows)),
     )
-    if accuracy < max(0.5, 3 / n_classes) if n_classes > 2 else accuracy < 0.75:
+    _warn_if_poor(accuracy, n_classes)
+    weights = {name: value.detach().cpu().contiguous().numpy() for name, value in network.state_dict().items()}
+    return architecture, weights, {"held_out_accuracy": accuracy, "n_held_out": len(held_rows)}
+
+
+def _warn_if_poor(accuracy: float, n_classes: int) -> None:
+    """Log a warning if `accuracy` is less than half way from chance to 1."""
+    if accuracy < (1 + 1 / n_classes) / 2:
         _log.warning(
             "The classifier labels only %.1f %% of the images held out rightly (%d classes). Behaviors that rest on it "
             "say little: use more images, or another feature extractor.",
             *(100 * accuracy, n_classes),
         )
-    weights = {name: value.detach().cpu().contiguous().numpy() for name, value in network.state_dict().items()}
-    return architecture, weights, {"held_out_accuracy": accuracy, "n_held_out": len(held_rows)}
 
 
 class _Progress:
