@@ -14,8 +14,10 @@ from tribute.config import DataConfig, Preset, SampleConfig, TrainConfig
 from tribute.data.sources import default_cache_dir, load_training_data
 from tribute.data.tensors import TrainingData
 from tribute.diffusion.examples import PixelExamples
+from tribute.diffusion.sample import check_guidance
 from tribute.diffusion.train import CheckpointPolicy, Trainer
 from tribute.errors import DataError
+from tribute.games.coalitions import grand_coalition
 from tribute.models.checkpoint import Checkpoint
 from tribute.study.value_function import ValueFunction
 from tribute.types import Images
@@ -65,9 +67,12 @@ class Worker:
         expected = (preset.unet.sample_size, preset.unet.sample_size, preset.unet.in_channels)
         if (height, width, n_channels) != expected:
             raise DataError(
-                f"the preset expects images of {expected[0]}x{expected[1]} pixels and {expected[2]} channels; "
-                f"found {height}x{width} and {n_channels}. Choose another --preset or --dataset"
+                f"the preset, or the model that was loaded, expects images of {expected[0]}x{expected[1]} pixels and "
+                f"{expected[2]} channels; found {height}x{width} and {n_channels}. Choose another --preset, --load or "
+                "--dataset"
             )
+        everyone = grand_coalition(data.contributors.n_contributors)
+        check_guidance(preset.unet.num_class_embeds, data.label_counts(everyone), preset.sampling.guidance_scale)
         self.source = source
         self.data = data
         self.preset = preset
