@@ -83,5 +83,7 @@ def test_a_network_with_too_few_classes_is_refused_before_anything_is_trained(
 ) -> None:
     preset = {**TINY_PRESET, "unet": {**TINY_PRESET["unet"], "num_class_embeds": 7}}
     (tmp_path / "few.yaml").write_text(yaml.safe_dump(preset))
+    config = make_study(preset=str(tmp_path / "few.yaml"), **NO_TEST)
     with pytest.raises(ConfigError, match="expected at least the 10 labels of the data, found 7"):
-        run_study(make_study(preset=str(tmp_path / "few.yaml"), **NO_TEST), SilentListener())
+        run_study(config, SilentListener())
+    assert not config.run_dir.exists()

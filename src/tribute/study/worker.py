@@ -15,6 +15,7 @@ from tribute.config import DataConfig, FeatureConfig, LocalConfig, Preset, Runti
 from tribute.data.sources import default_cache_dir, load_training_data
 from tribute.data.tensors import TrainingData
 from tribute.diffusion.examples import PixelExamples
+from tribute.diffusion.sample import check_guidance
 from tribute.diffusion.train import CheckpointPolicy, Trainer
 from tribute.errors import ConfigError, DataError
 from tribute.games.coalitions import grand_coalition
@@ -71,6 +72,8 @@ class Worker:
             torch.set_num_threads(n_threads)
         data = data or load_data_for(preset, source)
         check_images_fit(preset, data)
+        everyone = grand_coalition(data.contributors.n_contributors)
+        check_guidance(preset.unet.num_class_embeds, data.label_counts(everyone), preset.sampling.guidance_scale)
         self.source = source
         self.data = data
         self.preset = preset
@@ -274,6 +277,6 @@ def check_images_fit(preset: Preset, data: TrainingData) -> None:
     expected = (preset.image_size, preset.image_size, preset.image_channels)
     if (height, width, n_channels) != expected:
         raise DataError(
-            f"the preset expects images of {expected[0]}x{expected[1]} pixels and {expected[2]} channels; "
-            f"found {height}x{width} and {n_channels}. Choose another --preset, --image_size or --dataset"
+            f"the preset, or the model that was loaded, expects images of {expected[0]}x{expected[1]} pixels and {expected[2]} channels; "
+            f"found {height}x{width} and {n_channels}. Choose another --preset, --load, --image_size or --dataset"
         )
