@@ -277,6 +277,7 @@ def check_images_fit(preset: Preset, data: TrainingData) -> None:
     expected = (preset.image_size, preset.image_size, preset.image_channels)
     if (height, width, n_channels) != expected:
         raise DataError(
-            f"the preset, or the model that was loaded, expects images of {expected[0]}x{expected[1]} pixels and {expected[2]} channels; "
+            f"the preset, or the model that was loaded, expects images of {expected[0]}x{expected[1]} pixels and "
+            f"{expected[2]} channels; "
             f"found {height}x{width} and {n_channels}. Choose another --preset, --load, --image_size or --dataset"
         )
