@@ -120,6 +120,23 @@ def test_the_same_evaluation_is_measured_once(capsys: pytest.CaptureFixture[str]
     assert stored() == [("e1", "shapley", 3)]
 
 
+def test_behaviors_look_through_the_network_that_they_name(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    monkeypatch.setenv("TRIBUTE_CACHE", str(workshop / "cache"))
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = CLIPVisionConfig(**size, image_size=8, patch_size=4, projection_dim=4)
+    CLIPVisionModelWithProjection(config).save_pretrained(workshop / "clip")
+    flags = QUICK_GD.replace(BEHAVIORS, "vendi@clip,kid@clip,ink:brightness")
+    tribute("unlearn", flags + " --removal_dist empty --feature_models clip=clip --max_reference 50")
+    with Store.open("results.db", create=False) as store:
+        (found,) = store.find()
+    assert set(found.behaviors) == {"vendi@clip", "kid@clip", "ink:brightness"}
+    variant = found.spec.settings["behaviors"]["kid@clip"]
+    assert variant.startswith("clip ") and "centre crop to 8x8" in variant
+    assert variant.endswith("; 50 of 1797 real images, a fixed draw")
+
+
 def test_the_flags_of_the_published_unlearn_command_are_accepted() -> None:
     tribute(
         "unlearn",
