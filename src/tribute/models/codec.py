@@ -93,14 +93,18 @@ class CodecFiles:
 _NOT_IDENTITY = {"_diffusers_version", "_name_or_path", "scaling_factor"}
 
 
-def find_codec(config: CodecConfig) -> CodecFiles:
+def find_codec(config: CodecConfig, *, download: bool = True) -> CodecFiles:
     """Find a codec on this machine, or fetch it from the hub if it is not there.
+
+    Args:
+        config: Where it is.
+        download: Whether the hub may be asked.
 
     Raises:
         CheckpointError: There is none, it is not readable, or its weights are a pickle.
         ConfigError: It is of a kind that is not supported.
     """
-    folder = _codec_folder(config)
+    folder = _codec_folder(config, download)
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = settings["_class_name"]
@@ -216,10 +220,10 @@ def load_codec(files: CodecFiles, *, batch_size: int = 8, device: torch.device |
     return Codec(model, files, batch_size)
 
 
-def _codec_folder(config: CodecConfig) -> Path:
+def _codec_folder(config: CodecConfig, download: bool) -> Path:
     """The folder with the codec's `config.json`."""
     local = Path(config.path).expanduser()
-    root = local if local.exists() else _from_hub(config)
+    root = local if local.exists() else _from_hub(config, download)
     subfolders = ("vqvae", "vae", ".") if config.subfolder is None else (config.subfolder,)
     for name in subfolders:
         if (root / name / "config.json").is_file():
@@ -231,7 +235,7 @@ def _codec_folder(config: CodecConfig) -> Path:
     )
 
 
-def _from_hub(config: CodecConfig) -> Path:
+def _from_hub(config: CodecConfig, download: bool) -> Path:
     """The folder of a hub id: the copy in the hub's cache, or else downloaded, without pickles."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -245,13 +249,16 @@ def _from_hub(config: CodecConfig) -> Path:
     if config.subfolder is not None:
         patterns = [f"{config.subfolder}/config.json", f"{config.subfolder}/{WEIGHTS}"]
     try:
-        root = Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                config.path, revision=config.revision, allow_patterns=patterns, local_files_only=not download
+            )
+        )
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise CheckpointError(
             f"codec {config.path}: there is no such folder here, and the hub could not be asked for it "
             f"({type(error).__name__}). Copy it from a machine with network, and give the folder by --codec PATH"
         ) from error
-    return root
 
 
 def _refuse_pickles(folder: Path, kind: str) -> None:

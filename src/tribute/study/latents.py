@@ -138,9 +138,12 @@ class LatentSpace:
     def _known_codec(self) -> dict[str, Any]:
         """What is known of the codec without loading it: from its files where they are here, else from the settings."""
         try:
-            return self._describe(self.files)
-        except CheckpointError as error:
-            logger.info("%s; latents are looked for by the codec's name", error)
+            files = find_codec(self.config, download=False)
+        except CheckpointError:
+            logger.info("the codec %s is not on this machine; looking for latents by its name", self.config.path)
+        else:
+            check_codec_fits(files, self.config, self.unet)
+            return self._describe(files)
         known = {"fingerprint": None, "path": self.config.path}
         if self.config.scaling_factor is not None:
             known["scaling_factor"] = self.config.scaling_factor
