@@ -28,6 +28,7 @@ SHARED_SECTIONS = {
     "Data": arguments.DataArguments,
     "Coalition": arguments.RemovalArguments,
     "Training": arguments.PublishedTrainingArguments,
+    "Runtime": arguments.RuntimeArguments,
 }
 
 
