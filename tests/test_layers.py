@@ -37,7 +37,9 @@ STRANGERS = (("games", "store"), ("diffusion", "behaviors"), ("unlearning", "beh
 OWNERS = {
     "PIL": {"data"},
     "accelerate": {"diffusion"},
+    "bitsandbytes": {"diffusion"},
     "datasets": {"data"},
+    "deepspeed": set(),  # Accelerate's business
     "diffusers": {"models", "diffusion", "unlearning", "study"},
     "jinja2": {"report"},
     "matplotlib": {"study", "report"},
@@ -71,8 +73,8 @@ ALLOWED = {
 
 # `tribute --help` must not wait for these: nothing that the command line imports at once may import them at once.
 LATE = {
-    *("accelerate", "datasets", "diffusers", "matplotlib", "pandas", "pyarrow", "scipy", "sklearn", "sqlalchemy"),
-    *("torch", "torch_fidelity", "torch_pruning", "torchmetrics", "transformers"),
+    *("accelerate", "bitsandbytes", "datasets", "diffusers", "matplotlib", "pandas", "pyarrow", "scipy", "sklearn"),
+    *("sqlalchemy", "torch", "torch_fidelity", "torch_pruning", "torchmetrics", "transformers"),
 }
 
 

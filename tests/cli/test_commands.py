@@ -271,7 +271,6 @@ def test_export_and_import_give_the_same_store_again(capsys: pytest.CaptureFixtu
         ("train", "--dataset digits --method retrain --removal_dist everyone", ["--removal-dist", "shapley"]),
         ("train", "--dataset digits --method retrain --n_steps many", ["--n-steps", "many"]),
         ("train", "--dataset digits --method retrain --n_stepps 4", ["--n_stepps"]),
-        ("train", "--dataset digits --method retrain --use_8bit_optimizer", ["--use_8bit_optimizer"]),
         ("train", "--dataset digits --method retrain --precompute_stage save", ["--precompute_stage"]),
         ("train", "--dataset digits --method retrain --mixed_precision fp16 --n_steps 1", ["fp16", "GPU"]),
         ("train", "--dataset digits --method retrain --preset mnist", ["--preset", "cifar-small"]),

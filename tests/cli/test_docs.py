@@ -29,6 +29,7 @@ SHARED_SECTIONS = {
     "Coalition": arguments.RemovalArguments,
     "Training": arguments.PublishedTrainingArguments,
     "Features": arguments.FeatureArguments,
+    "Runtime": arguments.RuntimeArguments,
 }
 
 
