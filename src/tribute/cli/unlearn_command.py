@@ -220,10 +220,12 @@ def run(argv: Sequence[str], prog: str) -> None:
         real = worker.measure(worker.data.reference_images[: sampling.n_samples])
         shown = worker.reported_behaviors()
         n_hidden = len(record.behaviors) - len(shown)
+        rows = [[name, f"{record.behaviors[name]:.4f}", f"{real[name]:.4f}" if name in real else "-"] for name in shown]
+        columns = ["behavior", "value", "real images"] if real else ["behavior", "value"]
         print_table(
             f"{arguments.exp_name}: behaviors of {sampling.n_samples:,} images",
-            ["behavior", "value", "real images"],
-            [[name, f"{record.behaviors[name]:.4f}", f"{real[name]:.4f}" if name in real else "-"] for name in shown],
+            columns,
+            [row[: len(columns)] for row in rows],
             note=f"and {n_hidden:,} values of single images, generated_image_0_mse and so on" if n_hidden else "",
         )
         seconds = ", ".join(f"{name} {value:.1f} s" for name, value in record.seconds.items())
