@@ -34,7 +34,7 @@ def rows_of(n_classes: int, column: str) -> datasets.Dataset:
 
     from PIL import Image
 
-    labels = [label for label in range(n_classes)] * 2
+    labels = list(range(n_classes)) * 2
     images = []
     for label in labels:
         buffer = io.BytesIO()
