@@ -212,6 +212,15 @@ def test_whitened_patches_are_uncorrelated(side: int, factor: int) -> None:
     assert torch.equal(found[:, 12:], -found[:, :12])
 
 
+def test_convolutions_begin_by_handing_their_inputs_on() -> None:
+    convolution = torch.nn.Conv2d(3, 5, 3, padding=1, bias=False)
+    training._pass_through(torch.nn.ModuleDict({"trunk": convolution}))
+    pixels = torch.rand(2, 3, 6, 6)
+    found = convolution(pixels)
+    torch.testing.assert_close(found[:, :3], pixels)
+    assert found[:, 3:].abs().min() > 0
+
+
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [

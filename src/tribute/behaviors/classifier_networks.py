@@ -39,6 +39,7 @@ class ClassifierRecipe:
         label_smoothing: Probability spread evenly over all classes in the targets.
         bfloat16: Whether to train in bfloat16 where the machine multiplies it in hardware. Features are always
             computed in float32.
+        beta2: Of AdamW; short trainings want a shorter memory.
     """
 
     embedding_width: int = 64
@@ -53,6 +54,7 @@ class ClassifierRecipe:
     stage_widths: tuple[int, ...] = ()
     label_smoothing: float = 0.0
     bfloat16: bool = False
+    beta2: float = 0.999
 
     def n_steps(self, n_train: int) -> int:
         """Optimizer updates for `n_train` images."""
@@ -62,7 +64,7 @@ class ClassifierRecipe:
     @property
     def identity(self) -> dict[str, Any]:
         """The fields by which networks are kept; see `stored_fields`."""
-        return stored_fields(self, {"stage_widths", "label_smoothing", "bfloat16"})
+        return stored_fields(self, {"stage_widths", "label_smoothing", "bfloat16", "beta2"})
 
 
 PLAIN = ClassifierRecipe()
@@ -76,6 +78,8 @@ PHOTOGRAPHS = ClassifierRecipe(
     stage_widths=(64, 128, 128),
     label_smoothing=0.1,
     bfloat16=True,
+    beta2=0.95,
+    version=2,
 )
 """For colour images of 32 pixels and more."""
 
