@@ -159,10 +159,8 @@ def test_a_network_is_compiled_once_for_every_coalition(run: Run) -> None:
     for rows_present in (rows, rows[:5], rows):
         model.load_state_dict(start)
         trainer.train(model, rows_present, config)
-        found.append(
-            (counters["stats"]["unique_graphs"], sample_images(model, sampling, noise_schedule, runtime=runtime))
-        )
-        n_graphs = counters["stats"]["unique_graphs"]
+        n_graphs.append(counters["stats"]["unique_graphs"])
+        found.append(sample_images(model, sampling, noise_schedule, runtime=runtime))
     reset_weights(model, 3)
     sample_images(model, sampling, noise_schedule, runtime=runtime)
     assert [*n_graphs, counters["stats"]["unique_graphs"]] == [1, 2, 2, 2]

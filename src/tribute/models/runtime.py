@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sysconfig
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from tribute.config import RuntimeConfig
 from tribute.errors import ConfigError
@@ -24,14 +27,18 @@ def prepare_network(model: UNet2DModel | torch.nn.Module, runtime: RuntimeConfig
     know nothing of it. A network whose weights are loaded in place keeps what was compiled for it.
     """
     if runtime.gradient_checkpointing and not getattr(model, "is_gradient_checkpointing", False):
-        model.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+        # Given explicitly: the default of diffusers looks up PyTorch's version at each call, which cannot be compiled.
+        recompute = partial(checkpoint, use_reentrant=False)
+        model.enable_gradient_checkpointing(recompute)  # pyright: ignore[reportCallIssue]
     if runtime.channels_last and not getattr(model, "_tribute_channels_last", False):
         # Layers pass the layout of their input on. conv_in's own input may have one channel, whose layout says nothing.
         model.conv_in.register_forward_hook(_to_channels_last)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
         model._tribute_channels_last = True  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     if runtime.compile and model._compiled_call_impl is None:
         # Shapes are fixed: with symbolic ones, every first change of a batch would compile once more.
-        model.compile(backend=runtime.compile_backend, dynamic=False)
+        # Random numbers of dropout are those of the plain run.
+        options = {"fallback_random": True} if runtime.compile_backend == "inductor" else None
+        model.compile(backend=runtime.compile_backend, dynamic=False, options=options)
 
 
 def _to_channels_last(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
@@ -49,7 +56,8 @@ def check_runtime(runtime: RuntimeConfig, device: str) -> None:
     known = torch.compiler.list_backends(exclude_tags=())
     if runtime.compile_backend not in known:
         raise ConfigError(
-            f"runtime.compile_backend: expected one of {', '.join(known)}; found {runtime.compile_backend!r}"
+            f"runtime.compile_backend: expected one of {', '.join(torch.compiler.list_backends())}; "
+            f"found {runtime.compile_backend!r}"
         )
     if device == "cpu" and runtime.compile_backend == "inductor" and find_compiler() is None:
         raise ConfigError(
@@ -60,7 +68,5 @@ def check_runtime(runtime: RuntimeConfig, device: str) -> None:
 
 def find_compiler() -> str | None:
     """Path of the C++ compiler that torch.compile can use on the CPU; None where there is none."""
-    import os
-
     candidates = (os.environ.get("CXX", ""), *_COMPILERS, (sysconfig.get_config_var("CXX") or "").split(" ")[0])
     return next((found for name in candidates if name and (found := shutil.which(name))), None)
