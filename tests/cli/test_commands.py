@@ -179,6 +179,11 @@ def test_dry_run_prints_the_settings_and_leaves_nothing(capsys: pytest.CaptureFi
     settings = yaml.safe_load(capsys.readouterr().out)
     assert settings["train"]["n_steps"] == 2
     assert settings["removal"] == {"removal_dist": "shapley", "datamodel_alpha": None, "removal_seed": 0}
+    tribute("unlearn", QUICK_GD.replace(BEHAVIORS, "global,local") + LOCAL + f" --full_model {FULL} --dry_run")
+    settings = yaml.safe_load(capsys.readouterr().out)
+    assert settings["behaviors"][-2:] == ["entropy", "local"]
+    assert settings["local"]["n_samples"] == 3
+    assert settings["local"]["full_model"].startswith(FULL)
     tribute("train", "--dataset cifar --method retrain --preset cifar-small --dry_run")
     assert yaml.safe_load(capsys.readouterr().out)["train"]["n_steps"] == 20_000
     tribute("prune", f"--load {FULL} --dry_run")
