@@ -5,6 +5,10 @@
 prints the held-out accuracy (a fifth of `train*.parquet`), the accuracy on `test*.parquet`, the seconds of training,
 and the images per second of a feature pass. Processor seconds divided by threads say what a quiet machine needs, as
 waiting for a busy one is not in them.
+
+Measured at 16x16, with version 1 of the recipe, by one thread on a busy machine with AVX-512 bfloat16: held out
+78.69 %, test 78.86 %, 227 processor seconds (1,160 s of waiting), 3,084 images per second and core. Version 2 and 32x32
+are to be measured on a quiet machine.
 """
 
 from __future__ import annotations

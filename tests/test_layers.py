@@ -33,12 +33,14 @@ LAYERS = (
 STRANGERS = (("games", "store"), ("diffusion", "behaviors"), ("unlearning", "behaviors"))
 
 # Who may import a heavy dependency: one owner where possible. diffusers has two, as networks live in models and the
-# samplers' schedulers in diffusion; unlearning only names the type of a network.
+# samplers' schedulers in diffusion; unlearning and study only name the type of a network.
 OWNERS = {
     "PIL": {"data"},
     "accelerate": {"diffusion"},
+    "bitsandbytes": {"diffusion"},
     "datasets": {"data"},
-    "diffusers": {"models", "diffusion", "unlearning"},
+    "deepspeed": set(),  # Accelerate's business
+    "diffusers": {"models", "diffusion", "unlearning", "study"},
     "jinja2": {"report"},
     "matplotlib": {"study", "report"},
     "peft": {"models"},
@@ -71,8 +73,8 @@ ALLOWED = {
 
 # `tribute --help` must not wait for these: nothing that the command line imports at once may import them at once.
 LATE = {
-    *("accelerate", "datasets", "diffusers", "matplotlib", "pandas", "pyarrow", "scipy", "sklearn", "sqlalchemy"),
-    *("torch", "torch_fidelity", "torch_pruning", "torchmetrics", "transformers"),
+    *("accelerate", "bitsandbytes", "datasets", "diffusers", "matplotlib", "pandas", "pyarrow", "scipy", "sklearn"),
+    *("sqlalchemy", "torch", "torch_fidelity", "torch_pruning", "torchmetrics", "transformers"),
 }
 
 

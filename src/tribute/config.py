@@ -22,6 +22,7 @@ from tribute.errors import ConfigError
 MixedPrecision = Literal["no", "fp16", "bf16"]
 PrunerName = Literal["magnitude", "taylor", "random", "reinit", "diff-pruning"]
 SamplerName = Literal["ddim", "dpm-solver++"]
+OptimizerName = Literal["Adam", "AdamW", "Adam8bit", "AdamW8bit"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Variance = Annotated[float, Field(ge=0, le=1)]
 
@@ -133,13 +134,33 @@ class NoiseScheduleConfig(Config):
 class OptimizerConfig(Config):
     """Optimizer and learning-rate schedule; defaults as published for CIFAR."""
 
-    name: Literal["Adam", "AdamW"] = "Adam"
+    name: OptimizerName = Field(default="Adam", description="The 8-bit ones keep quantised state (tribute[8bit]).")
     lr: float = Field(default=1e-4, gt=0, description="Learning rate.")
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     lr_schedule: Literal["constant", "cosine"] = Field(default="constant", description="Shape after the warm-up.")
     n_warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up.")
+
+    @property
+    def is_8bit(self) -> bool:
+        """Whether the optimizer's state is quantised to 8 bits."""
+        return self.name.endswith("8bit")
+
+
+class RuntimeConfig(Config):
+    """How the same result is computed: faster, or in less memory.
+
+    Nothing here changes a result by more than floating-point rounding (docs/performance.md has the tolerances), so it
+    is recorded with a result and is no part of its identity: a run may be resumed with other values.
+    """
+
+    compile: bool = Field(default=False, description="Compile the network (torch.compile), once per process.")
+    compile_backend: str = Field(default="inductor", description="Of torch.compile.")
+    channels_last: bool = Field(default=False, description="Keep activations as (n, height, width, channels).")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Compute activations again for the backward pass instead of keeping them."
+    )
 
 
 class TrainConfig(Config):
@@ -189,6 +210,7 @@ class SampleConfig(Config):
     guidance_scale: float = Field(
         default=1.0, ge=0, description="Of classifier-free guidance, for conditional networks; 1: none."
     )
+    mixed_precision: MixedPrecision = Field(default="no", description="Of the network's predictions.")
 
 
 class FeatureConfig(Config):
@@ -274,12 +296,20 @@ class Preset(Config):
         return self.replace(codec={**self.codec.model_dump(), "path": path, "subfolder": None, "revision": None})
 
     def train_config(self, method: str, **changes: Any) -> TrainConfig:
-        """The training settings of a method, with every `changes` that is not None applied."""
+        """The training settings of a method, with every `changes` that is not None applied.
+
+        Args:
+            method: One of `training`.
+            changes: Fields of `TrainConfig`; also `lr`, and `use_8bit_optimizer`, which takes the 8-bit form of the
+                method's optimizer where it is true.
+        """
         if method not in self.training:
             raise ConfigError(f"expected a method of this preset: {', '.join(self.training)}; found {method!r}")
         base = self.training[method]
         optimizer = {k: changes.pop(k) for k in ("lr",) if changes.get(k) is not None}
         changes.pop("lr", None)
+        if changes.pop("use_8bit_optimizer", False):
+            optimizer["name"] = f"{base.optimizer.name.removesuffix('8bit')}8bit"
         kept = {key: value for key, value in changes.items() if value is not None}
         if optimizer:
             kept["optimizer"] = {**base.optimizer.model_dump(), **optimizer}
@@ -332,6 +362,7 @@ class StudyModelConfig(Config):
 
     n_steps: int | None = Field(default=None, ge=0)
     batch_size: int | None = Field(default=None, gt=0)
+    gradient_accumulation_steps: int | None = Field(default=None, gt=0)
     lr: float | None = Field(default=None, gt=0)
 
 
@@ -391,6 +422,13 @@ class TestCoalitionsConfig(Config):
     first_removal_seed: int = Field(default=0, ge=0)
 
 
+class LocalConfig(Config):
+    """How much local behaviors look at; defaults as published."""
+
+    n_samples: int = Field(default=100, gt=0, description="Images of the full model that are compared.")
+    n_noises: int = Field(default=50, gt=0, description="Noise levels for the diffusion loss of each image.")
+
+
 class StudyConfig(Config):
     """A whole study: what `tribute run STUDY.yaml` reads."""
 
@@ -415,9 +453,13 @@ class StudyConfig(Config):
     sparse_model: StudyModelConfig = StudyModelConfig()
     gd: StudyModelConfig = StudyModelConfig()
     retrained_model: StudyModelConfig = StudyModelConfig()
+    mixed_precision: MixedPrecision | None = Field(default=None, description="Of all training; None: the preset's.")
+    use_8bit_optimizer: bool = Field(default=False, description="Train with the 8-bit form of the preset's optimizers.")
+    runtime: RuntimeConfig = RuntimeConfig()
     sampling: dict[str, Any] = Field(default_factory=dict, description="Changes to the preset's sampling.")
     behaviors: tuple[str, ...] = ("fid", "inception_score")
     features: FeatureConfig = FeatureConfig()
+    local: LocalConfig = LocalConfig()
     fit: FitCoalitionsConfig = FitCoalitionsConfig()
     test: TestCoalitionsConfig = TestCoalitionsConfig()
     estimator: Literal["auto", "gp", "size_adjusted", "ridge", "least_squares", "unbiased", "permutation"] = Field(
@@ -445,9 +487,15 @@ class StudyConfig(Config):
         return self.db or str(self.run_dir / "results.db")
 
     def load_preset(self) -> Preset:
-        """The preset of the study, with the study's sampling settings applied."""
+        """The preset of the study, with the study's precision, optimizer and sampling settings applied."""
         preset = load_preset(self.preset or default_preset(self.dataset)).with_codec(self.codec)
-        return preset.replace(sampling={**preset.sampling.model_dump(), **self.sampling})
+        training = {
+            method: preset.train_config(
+                method, mixed_precision=self.mixed_precision, use_8bit_optimizer=self.use_8bit_optimizer
+            ).model_dump()
+            for method in preset.training
+        }
+        return preset.replace(training=training, sampling={**preset.sampling.model_dump(), **self.sampling})
 
 
 def canonical_json(values: Any) -> str:

@@ -12,6 +12,7 @@ from tribute.behaviors import reference as module
 from tribute.behaviors.base import GLOBAL_BEHAVIORS, Reference, get_behavior, measure_behaviors
 from tribute.behaviors.features import Features
 from tribute.data.tensors import array_sha256
+from tribute.errors import BehaviorError
 from tribute.types import Images
 
 
@@ -122,3 +123,20 @@ def test_an_extractor_that_fails_leaves_nothing(images: Images, tmp_path: Path) 
         Reference.cached(images, Failing(), cache_dir=tmp_path)
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
     assert len(Reference.cached(images, Pixels(), cache_dir=tmp_path).features) == 300
+
+
+def test_a_folder_that_cannot_be_written_is_named(images: Images, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(BehaviorError, match=r"cannot be kept in .*TRIBUTE_CACHE"):
+        Reference.cached(images, Pixels(), cache_dir=tmp_path / "file" / "cache")
+
+
+def test_statistics_that_cannot_be_written_stay_in_memory(images, tmp_path: Path, monkeypatch, caplog) -> None:
+    def full(*_: object) -> bool:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(module, "write_artifact", full)
+    reference = Reference.cached(images, Pixels(), cache_dir=tmp_path)
+    assert reference.statistic("one", lambda: {"value": np.ones(1)})["value"] == 1
+    assert reference.statistic("one", lambda: pytest.fail("computed again"))["value"] == 1
+    assert "no space left" in caplog.text

@@ -25,6 +25,13 @@ QUICK_GD = (
     f"--load {SPARSE} --db results.db --exp_name e1 --dataset digits --method gd --gd_steps 2 --n_samples 8 "
     f"--num_inference_steps 2 --model_behavior {BEHAVIORS}"
 )
+RETRAINED = "results/digits/retrain/models/datamodel/datamodel_alpha=0.5_seed=0"
+QUICK_TEST = (
+    f"--load {RETRAINED} --db results.db --exp_name e0 --method retrain --removal_dist datamodel --removal_seed 0 "
+    f"--n_samples 8 --num_inference_steps 2 --model_behavior {BEHAVIORS}"
+)
+LOCAL = " --n_local_samples 3 --n_noises 4"
+LDS = "--train_db results.db --train_exp_name e1 --max_train_size 10 --model_behavior_key "
 
 pytestmark = pytest.mark.usefixtures("workshop")
 
@@ -113,6 +120,23 @@ def test_the_same_evaluation_is_measured_once(capsys: pytest.CaptureFixture[str]
     assert stored() == [("e1", "shapley", 3)]
 
 
+def test_behaviors_look_through_the_network_that_they_name(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    monkeypatch.setenv("TRIBUTE_CACHE", str(workshop / "cache"))
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = CLIPVisionConfig(**size, image_size=8, patch_size=4, projection_dim=4)
+    CLIPVisionModelWithProjection(config).save_pretrained(workshop / "clip")
+    flags = QUICK_GD.replace(BEHAVIORS, "vendi@clip,kid@clip,ink:brightness")
+    tribute("unlearn", flags + " --removal_dist empty --feature_models clip=clip --max_reference 50")
+    with Store.open("results.db", create=False) as store:
+        (found,) = store.find()
+    assert set(found.behaviors) == {"vendi@clip", "kid@clip", "ink:brightness"}
+    variant = found.spec.settings["behaviors"]["kid@clip"]
+    assert variant.startswith("clip ") and "centre crop to 8x8" in variant
+    assert variant.endswith("; 50 of 1797 real images, a fixed draw")
+
+
 def test_the_flags_of_the_published_unlearn_command_are_accepted() -> None:
     tribute(
         "unlearn",
@@ -161,6 +185,70 @@ def test_dry_run_prints_the_settings_and_leaves_nothing(capsys: pytest.CaptureFi
     assert sorted(path.name for path in workshop.iterdir()) == before
 
 
+def stored_behaviors(db: str = "results.db") -> list[dict[str, float]]:
+    with Store.open(db, create=False) as store:
+        return [dict(item.behaviors) for item in store.find()]
+
+
+def test_local_behaviors_are_stored_for_every_image_and_printed_on_average(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = QUICK_GD.replace(BEHAVIORS, "local") + " --removal_dist shapley --removal_seed 1" + LOCAL
+    tribute("unlearn", flags + f" --full_model {FULL}")
+    printed = capsys.readouterr().out
+    assert "behaviors of 3 images" in printed
+    assert "avg_ssim" in printed
+    assert "15 values of single images" in printed
+    assert "generated_image_1_ssim" not in printed
+    (values,) = stored_behaviors()
+    assert len(values) == 5 * 4
+    for average, single in (("avg_mse", "mse"), ("avg_total_loss", "diffusion_loss"), ("avg_elbo_loss", "elbo_loss")):
+        assert values[average] > 0
+        singles = [values[f"generated_image_{i}_{single}"] for i in range(3)]
+        np.testing.assert_allclose(values[average], np.mean(singles), rtol=1e-12)
+    tribute("unlearn", flags + f" --full_model {FULL} --sample_batch_size 2")
+    assert "was recorded before" in capsys.readouterr().out
+    tribute("unlearn", flags)  # compared with the sparse model: another evaluation
+    assert len(stored_behaviors()) == 2
+    message = fails("lds", LDS + "avg_mse", capsys)
+    assert "share one definition" in message
+    assert message.count("vs model") == 2
+
+
+def test_a_model_of_everybody_is_like_itself_and_coalitions_stay_near(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = QUICK_GD.replace("--gd_steps 2", "--gd_steps 0").replace(BEHAVIORS, f"local,{BEHAVIORS}") + LOCAL
+    tribute("unlearn", flags)
+    tribute("unlearn", flags.replace("--gd_steps 0", "--gd_steps 2") + " --removal_dist shapley")
+    printed = capsys.readouterr().out
+    assert "behaviors of 8 images" in printed, "behaviors of all images decide how many there are"
+    same, other = stored_behaviors()
+    assert [same[name] for name in ("avg_mse", "avg_nrmse", "avg_ssim")] == [0, 0, 1]
+    assert other["avg_mse"] > 0
+    assert other["avg_ssim"] < 1
+    assert other["avg_total_loss"] != same["avg_total_loss"]
+
+
+def test_single_local_behaviors_are_measured_alone_and_fitted_by_their_key(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = QUICK_GD.replace(BEHAVIORS, "avg_mse,generated_image_2_ssim") + LOCAL + f" --full_model {FULL}"
+    for seed in range(6):
+        tribute("unlearn", f"{flags} --design paired --removal_seed {seed}")
+    for removal in ("empty", "None"):
+        tribute("unlearn", f"{flags} --removal_dist {removal}")
+    assert all(set(values) == {"avg_mse", "generated_image_2_ssim"} for values in stored_behaviors())
+    for key, direction in (("avg_mse", "lower"), ("generated_image_2_ssim", "higher")):
+        capsys.readouterr()
+        tribute("lds", LDS + key)
+        printed = capsys.readouterr().out
+        assert f"{key}: shapley" in printed
+        assert f"{direction} is better" in printed
+
+
+def test_retrained_models_are_compared_with_the_full_model() -> None:
+    tribute("unlearn", QUICK_TEST.replace(BEHAVIORS, "local") + LOCAL + f" --full_model {FULL}")
+    (values,) = stored_behaviors()
+    assert values["avg_mse"] > 0
+
+
 def test_export_and_import_give_the_same_store_again(capsys: pytest.CaptureFixture[str]) -> None:
     tribute("unlearn", QUICK_GD + " --removal_dist shapley --removal_seed 3")
     tribute("export", "--db results.db --out results.jsonl --dataset digits")
@@ -183,7 +271,6 @@ def test_export_and_import_give_the_same_store_again(capsys: pytest.CaptureFixtu
         ("train", "--dataset digits --method retrain --removal_dist everyone", ["--removal-dist", "shapley"]),
         ("train", "--dataset digits --method retrain --n_steps many", ["--n-steps", "many"]),
         ("train", "--dataset digits --method retrain --n_stepps 4", ["--n_stepps"]),
-        ("train", "--dataset digits --method retrain --use_8bit_optimizer", ["--use_8bit_optimizer"]),
         ("train", "--dataset digits --method retrain --precompute_stage save", ["--precompute_stage"]),
         ("train", "--dataset digits --method retrain --mixed_precision fp16 --n_steps 1", ["fp16", "GPU"]),
         ("train", "--dataset digits --method retrain --preset mnist", ["--preset", "cifar-small"]),
@@ -199,7 +286,19 @@ def test_export_and_import_give_the_same_store_again(capsys: pytest.CaptureFixtu
         ("unlearn", QUICK_GD + " --pruning_ratio 0.5", ["--pruning_ratio", "saved 0.3", "asked 0.5"]),
         ("unlearn", QUICK_GD.replace(SPARSE, FULL) + " --pruner magnitude", ["--pruner", "not pruned"]),
         ("unlearn", QUICK_GD.replace("--method gd", "--method lora"), ["lora", "not of this version"]),
-        ("unlearn", QUICK_GD.replace(BEHAVIORS, "local"), ["local", "not part of this version"]),
+        ("unlearn", QUICK_GD.replace(BEHAVIORS, "local") + " --full_model nowhere", ["nowhere", "no checkpoint"]),
+        ("unlearn", QUICK_GD.replace(BEHAVIORS, "local") + f" --full_model {RETRAINED}", ["--full_model", "everybody"]),
+        (
+            "unlearn",
+            QUICK_GD.replace(BEHAVIORS, "generated_image_100_ssim"),
+            ["generated_image_100_ssim", "0 to 99", "--n_local_samples"],
+        ),
+        ("unlearn", QUICK_GD.replace(BEHAVIORS, "local") + " --n_noises 0", ["n_noises", "greater than 0"]),
+        (
+            "unlearn",
+            QUICK_TEST.replace(BEHAVIORS, "fid,avg_mse"),
+            ["--full_model", "avg_mse", "--method retrain", "the coalition's"],
+        ),
         ("unlearn", QUICK_GD.replace(BEHAVIORS, "beauty"), ["beauty", "inception_score"]),
         ("unlearn", QUICK_GD.replace(BEHAVIORS, "ink:nothing"), ["ink:nothing", "nan"]),
         ("unlearn", QUICK_GD.replace(BEHAVIORS, "ink:missing"), ["missing"]),
@@ -222,8 +321,7 @@ def test_export_and_import_give_the_same_store_again(capsys: pytest.CaptureFixtu
         ("unlearn", QUICK_GD + " --contributors vendors", ["other data"]),
         (
             "unlearn",
-            "--load results/digits/retrain/models/datamodel/datamodel_alpha=0.5_seed=0 --db results.db --exp_name e0 "
-            f"--method retrain --removal_dist datamodel --removal_seed 1 --n_samples 8 --model_behavior {BEHAVIORS}",
+            QUICK_TEST.replace("--removal_seed 0", "--removal_seed 1"),
             ["--load", "--removal_seed"],
         ),
         ("lds", "--train_db missing.db --train_exp_name e1 --max_train_size 10", ["missing.db"]),

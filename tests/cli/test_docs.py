@@ -29,6 +29,7 @@ SHARED_SECTIONS = {
     "Coalition": arguments.RemovalArguments,
     "Training": arguments.PublishedTrainingArguments,
     "Features": arguments.FeatureArguments,
+    "Runtime": arguments.RuntimeArguments,
 }
 
 
@@ -122,7 +123,9 @@ def code_blocks(page: Path, language: str) -> list[str]:
 def documented_commands(page: Path) -> Iterator[list[str]]:
     """Every `python SCRIPT ...` and `tribute COMMAND ...` of a page, as bash passes them on."""
     stubs = "say() { printf '%s\\n' \"$(printf '%s\\x1f' \"$@\")\"; }\n"
-    stubs += 'python() { say python "$@"; }; tribute() { say tribute "$@"; }; make() { :; }; pip() { :; }\n'
+    stubs += (
+        'python() { say python "$@"; }; tribute() { say tribute "$@"; }; make() { :; }; pip() { :; }; hf() { :; }\n'
+    )
     for block in code_blocks(page, "sh"):
         if re.search(r"\b(python \w+\.py|tribute )", block):
             done = subprocess.run(["bash", "-euc", stubs + block], capture_output=True, text=True, check=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import mmap
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tribute.data import known_hashes, tensors
 from tribute.data.contributors import ContributorTable
+from tribute.data.known_hashes import KnownHashes
 from tribute.data.tensors import (
     TrainingData,
     array_sha256,
@@ -23,6 +27,7 @@ from tribute.data.tensors import (
     write_tensor_cache,
 )
 from tribute.errors import DataError
+from tribute.files import sha256_of_file
 from tribute.seeding import numpy_stream
 
 IMAGES = numpy_stream(0, "test.images").integers(0, 256, (20, 4, 5, 3), dtype=np.uint8)
@@ -273,3 +278,55 @@ def test_parts_that_do_not_fit_together_are_refused(changes: dict[str, Any], mes
     parts = {"images": IMAGES, "labels": LABELS, "label_names": ("even", "odd"), "contributors": OWNERS}
     with pytest.raises(DataError, match=message):
         TrainingData.from_arrays("toy", **{**parts, **changes})
+
+
+def test_a_verified_cache_is_not_hashed_again_until_its_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "cache")
+    monkeypatch.setattr(known_hashes, "RACY_NS", -(10**12))  # as if the file were old enough to be trusted
+    open_tensor_cache(tmp_path / "cache")
+    monkeypatch.setattr(
+        tensors, "array_sha256", lambda array: pytest.fail("hashed again") if array.ndim == 4 else array_sha256(array)
+    )
+    assert np.array_equal(open_tensor_cache(tmp_path / "cache").images, IMAGES)
+    monkeypatch.undo()
+    flip_last_byte(tmp_path / "cache" / "images.npy")
+    os.utime(tmp_path / "cache" / "images.npy", ns=(0, 0))
+    with pytest.raises(DataError, match=r"images\.npy is not what its manifest says"):
+        open_tensor_cache(tmp_path / "cache")
+
+
+def test_a_file_that_has_just_changed_is_not_trusted(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"a")
+    known = KnownHashes(tmp_path / "memo.json")
+    known.hash_of(path)
+    known.save()
+    assert not (tmp_path / "memo.json").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"x": 3}', '{"FILE": [1, 2, 3]}', "\x00"])
+def test_a_damaged_memo_of_hashes_costs_time_only(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"a")
+    (tmp_path / "memo.json").write_text(content.replace("FILE", str(path)))
+    assert KnownHashes(tmp_path / "memo.json").hash_of(path) == sha256_of_file(path)
+
+
+MEMORY_SCRIPT = """
+import sys
+from pathlib import Path
+from benchmarks.memory import measure
+before = measure(Path(sys.argv[1]) / "small", 2, (64, 64, 3), 2, 1)
+print(measure(Path(sys.argv[1]) / "large", 20_000, (64, 64, 3), 64, 100) - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="this system does not take pages back on request")
+def test_memory_does_not_grow_with_the_cache(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", MEMORY_SCRIPT, str(tmp_path)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    # A cache of 246 MB; what is read at a time is 16 MB or less.
+    assert int(done.stdout.splitlines()[-1]) < 110e6, done.stdout

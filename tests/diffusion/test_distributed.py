@@ -56,7 +56,7 @@ def train_in_parallel(
     reports: list[Progress] = []
     saved: list[int] = []
     save = train_module._save
-    train_module._save = lambda *args: (saved.append(args[4]), save(*args))
+    train_module._save = lambda *args, **kwargs: (saved.append(args[4]), save(*args, **kwargs))
     trainer.train(model, rows, config, checkpoints=policy, on_log=reports.append, log_freq=1)
     first = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(start)
@@ -64,7 +64,7 @@ def train_in_parallel(
     longer = trainer.train(model, rows, config.replace(n_steps=config.n_steps + 1), checkpoints=policy)
     return {
         "n_processes": trainer.accelerator.num_processes,
-        "n_reports": len(reports),
+        "losses": [report.loss for report in reports],
         "saved": saved,
         "first": {name: value.numpy() for name, value in first.items()},
         "again": {name: value.numpy() for name, value in again.ema.items()},
@@ -97,7 +97,8 @@ def test_two_processes_train_the_model_of_one(
         results = [future.result(timeout=120) for future in futures]
 
     alone = build_unet(unet_config)
-    average = trainer.train(alone, rows, config).ema
+    losses: list[float] = []
+    average = trainer.train(alone, rows, config, on_log=lambda at: losses.append(at.loss), log_freq=1).ema
     longer = trainer.train(build_unet(unet_config), rows, config.replace(n_steps=4)).ema
     for result in results:
         assert result["n_processes"] == N_PROCESSES
@@ -106,7 +107,8 @@ def test_two_processes_train_the_model_of_one(
             np.testing.assert_allclose(result["again"][name], average[name].numpy(), atol=1e-5)
             np.testing.assert_allclose(result["longer"][name], longer[name].numpy(), atol=1e-5)
             np.testing.assert_array_equal(results[0]["first"][name], result["first"][name])
-    assert [result["n_reports"] for result in results] == [3, 0]
+    np.testing.assert_allclose(results[0]["losses"], losses, rtol=1e-5)
+    assert len(losses) == 3 and results[1]["losses"] == []
     assert [result["saved"] for result in results] == [[2, 3, 4], []]  # by the main process only
     found = load_checkpoint(tmp_path / "models")
     assert found.n_steps == 4

@@ -373,6 +373,17 @@ def test_a_model_of_the_hub_is_read_in_two_steps(
     assert len(asked) == 1
 
 
+def test_a_model_of_the_hub_without_safetensors_is_refused_with_a_way_to_convert_it(
+    write_pipeline: WritePipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = write_pipeline()
+    (source / "unet" / pipelines.WEIGHTS_NAME).unlink()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(source))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"DiffusionPipeline\.from_pretrained\('owner/digits'\)"):
+        load_model("owner/digits")
+
+
 def test_our_own_checkpoints_are_read_as_before(unet_config: UNetConfig, tmp_path: Path) -> None:
     model = build_unet(unet_config)
     path = save_checkpoint(

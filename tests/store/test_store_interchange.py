@@ -167,6 +167,47 @@ def test_a_published_line_becomes_an_evaluation(open_store: Callable[[str], Stor
     assert {key: line[key] for key in wanted} == wanted
 
 
+def test_local_behaviors_have_their_published_keys(open_store: Callable[[str], Store], tmp_path: Path) -> None:
+    published = {"avg_mse": 0.25, "avg_total_loss": 0.5, "generated_image_0_ssim": 0.75}
+    line = {"dataset": "digits", "method": "gd", "remaining_idx": [0], "removed_idx": [1], "trained_steps": 7}
+    path = tmp_path / "there.jsonl"
+    path.write_text(json.dumps(line | {key: f"{value:.8e}" for key, value in published.items()}))
+    store = open_store("local")
+    assert import_jsonl(store, path) == 1
+    (read,) = store.find()
+    assert read.behaviors == published
+    assert read.provenance["published"] == {"trained_steps": 7}
+    ours = FinishedEvaluation(
+        EvaluationSpec("e2", "digits", "gd", None, None, None, np.array([True, False]), 0, {}),
+        published | {"avg_elbo_loss": 2.0},
+        definitions={"avg_mse": {"higher_is_better": False}},
+    )
+    study = Study("imported", "digits", read_names(store), (1, 1), store.studies()[0].fingerprint)
+    store.add_finished({study: [ours]})
+    export_jsonl(store, tmp_path / "out.jsonl")
+    lines = [json.loads(text) for text in (tmp_path / "out.jsonl").read_text().splitlines()]
+    for written in lines:
+        assert {key: written[key] for key in published} == published
+    assert lines[1]["tribute"]["behaviors"] == {"avg_elbo_loss": 2.0}
+    again = open_store("again")
+    assert import_jsonl(again, tmp_path / "out.jsonl") == 2
+    assert [item.behaviors for item in again.find()] == [item.behaviors for item in store.find()]
+    assert again.find()[1].definitions == ours.definitions
+
+
+def read_names(store: Store) -> tuple[str, ...]:
+    return store.studies()[0].contributor_names
+
+
+def test_hundreds_of_behaviors_are_described_in_a_line(open_store: Callable[[str], Store]) -> None:
+    store = open_store("many")
+    values = {f"generated_image_{i}_{name}": 0.1 * i for i in range(100) for name in ("mse", "ssim")} | {"avg_mse": 1.0}
+    spec = EvaluationSpec("e", "digits", "gd", None, None, None, np.array([True, False]), 0, {})
+    store.add_finished({Study("many", "digits", ("a", "b"), (1, 1), "print"): [FinishedEvaluation(spec, values)]})
+    assert "behaviors: avg_mse, generated_image_0_mse, and 199 more of single images" in store.describe()
+    np.testing.assert_allclose(store.read(behavior_name="generated_image_42_ssim").behaviors, [4.2])
+
+
 def test_without_examples_every_index_is_a_contributor(open_store: Callable[[str], Store], tmp_path: Path) -> None:
     store = open_store("s")
     assert import_jsonl(store, write(tmp_path / "db.jsonl", published(), published(removal_seed=5))) == 2

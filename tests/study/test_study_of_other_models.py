@@ -43,6 +43,20 @@ def test_a_study_begins_with_the_model_that_it_is_given(
         run_study(config, SilentListener())
 
 
+def test_a_study_of_a_checkpoint_of_ours_is_the_study_that_trained_it(make_study: MakeStudy) -> None:
+    trained = make_study(name="trained", **SMALL, **NO_TEST)
+    run_study(trained, SilentListener())
+    full = trained.run_dir / "digits" / "retrain" / "models" / "full"
+    loaded = make_study(name="loaded", full_model={"load": str(full)}, **SMALL, **NO_TEST)
+    run_study(loaded, SilentListener())
+
+    def values(config: StudyConfig) -> list[dict[str, float]]:
+        with Store.open(config.db_url, create=False) as store:
+            return [dict(item.behaviors) for item in store.find(statuses=("finished",))]
+
+    assert values(loaded) == values(trained)
+
+
 def test_a_model_is_trained_or_loaded(make_study: MakeStudy) -> None:
     with pytest.raises(ConfigError, match="a model that is loaded is not trained"):
         make_study(full_model={"load": "owner/name", "n_steps": 5})
@@ -83,5 +97,7 @@ def test_a_network_with_too_few_classes_is_refused_before_anything_is_trained(
 ) -> None:
     preset = {**TINY_PRESET, "unet": {**TINY_PRESET["unet"], "num_class_embeds": 7}}
     (tmp_path / "few.yaml").write_text(yaml.safe_dump(preset))
+    config = make_study(preset=str(tmp_path / "few.yaml"), **NO_TEST)
     with pytest.raises(ConfigError, match="expected at least the 10 labels of the data, found 7"):
-        run_study(make_study(preset=str(tmp_path / "few.yaml"), **NO_TEST), SilentListener())
+        run_study(config, SilentListener())
+    assert not config.run_dir.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import uuid
@@ -91,20 +92,15 @@ class Reference:
             extractor: Called block by block, and only if nothing is found.
             cache_dir: Folder of all cached references.
             images_sha256: `array_sha256(images)` where it is known.
-        """
-        from filelock import FileLock
 
+        Raises:
+            BehaviorError: The features cannot be written, as on a full disk. Nothing is left behind.
+        """
         check_images(images)
         images_sha256 = images_sha256 or array_sha256(images)
         folder = cache_dir / content_hash(extractor.fingerprint, images_sha256)
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache_dir / f"{folder.name}.lock"):
-            embeddings = _intact_or_none(folder, len(images))
-            if embeddings is None:
-                write_whole_dir(folder, lambda partial: _write_embeddings(partial, images, extractor))
-                embeddings = _read_embeddings(folder, len(images))
         return cls(
-            Features(images, embeddings),
+            Features(images, _open_or_extract(folder, images, extractor)),
             extractor_fingerprint=extractor.fingerprint,
             images_sha256=images_sha256,
             statistics_dir=folder / "statistics",
@@ -125,8 +121,13 @@ class Reference:
                 return read_artifact(folder)[0]
             except BehaviorError as damage:
                 _move_aside(folder, damage)
-        write_artifact(folder, {key: np.asarray(array) for key, array in compute().items()}, {"statistic": name})
-        return read_artifact(folder)[0]  # read back: if another process was faster, all use what it wrote
+        arrays = {key: np.asarray(array) for key, array in compute().items()}
+        try:
+            write_artifact(folder, arrays, {"statistic": name})
+            return read_artifact(folder)[0]  # if another process was faster, all use what it wrote
+        except OSError as error:
+            _log.warning("%s is not kept for later processes: %s", folder, error)
+            return arrays
 
     def rows(self, max_rows: int) -> npt.NDArray[np.intp]:
         """Indices of at most `max_rows` reference images: all, or a subset that is always the same."""
@@ -190,6 +191,30 @@ def fixed_rows(n_images: int, max_rows: int) -> npt.NDArray[np.intp]:
     return np.sort(stream.choice(n_images, max_rows, replace=False))
 
 
+def _open_or_extract(folder: Path, images: Images, extractor: FeatureExtractor) -> npt.NDArray[np.float32]:
+    """Memory map of the embeddings in `folder`, extracted first if they are not there or damaged."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return _read_embeddings(folder, len(images))  # needs neither the lock nor a writable folder
+
+    from filelock import FileLock
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            if folder.exists():
+                try:
+                    return _read_embeddings(folder, len(images))  # another process made them meanwhile
+                except (OSError, ValueError, KeyError, TypeError) as damage:
+                    _move_aside(folder, damage)
+            write_whole_dir(folder, lambda partial: _write_embeddings(partial, images, extractor))
+            return _read_embeddings(folder, len(images))
+    except OSError as error:
+        raise BehaviorError(
+            f"Features of the real images cannot be kept in {folder} ({error}). Free some space, or choose another "
+            "folder with the environment variable TRIBUTE_CACHE."
+        ) from error
+
+
 def _write_embeddings(folder: Path, images: Images, extractor: FeatureExtractor) -> None:
     """Extract block by block into `embeddings.safetensors`, so that memory holds one block."""
     path = folder / "embeddings.safetensors"
@@ -232,17 +257,6 @@ def _read_embeddings(folder: Path, n_images: int) -> npt.NDArray[np.float32]:
     if shape[0] != n_images:
         raise ValueError(f"{path.name} holds {shape[0]} rows for {n_images} images")
     return np.memmap(path, np.float32, mode="r", offset=8 + n_header, shape=shape)
-
-
-def _intact_or_none(folder: Path, n_images: int) -> npt.NDArray[np.float32] | None:
-    """The cached embeddings; None if there are none, or if they were damaged and are now moved aside."""
-    if not folder.exists():
-        return None
-    try:
-        return _read_embeddings(folder, n_images)
-    except (OSError, ValueError, KeyError, TypeError) as damage:
-        _move_aside(folder, damage)
-        return None
 
 
 def _move_aside(folder: Path, damage: Exception) -> None:

@@ -11,9 +11,17 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from tribute.cli.console import print_line
-from tribute.config import DataConfig, FeatureConfig, Preset, default_preset, load_preset, preset_names
+from tribute.config import (
+    DataConfig,
+    FeatureConfig,
+    Preset,
+    RuntimeConfig,
+    default_preset,
+    load_preset,
+    preset_names,
+)
 from tribute.data.registry import HUB_PREFIX, SOURCES, find_source
-from tribute.errors import ConfigError, NotImplementedYet
+from tribute.errors import ConfigError
 from tribute.games.removal import canonical_removal_dist
 
 RemovalDist = Literal[
@@ -200,17 +208,14 @@ class PublishedTrainingArguments(Arguments):
     keep_all_ckpts: bool = Field(default=False, description="Keep every checkpoint instead of the last.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = Field(default=None, description="None: the preset's.")
     gradient_accumulation_steps: int | None = Field(default=None, gt=0, description="None: the preset's.")
-    use_8bit_optimizer: bool = Field(default=False, description="8-bit Adam (not in this version).")
+    use_8bit_optimizer: bool = Field(
+        default=False, description="Keep the optimizer's state in 8 bits (needs tribute[8bit])."
+    )
     precompute_stage: Literal["save", "reuse"] | None = Field(
         default=None,
         description="Latents of the training images. save: encode them and stop; reuse: take them from the cache and "
         "never encode; None: encode what is missing.",
     )
-
-    def refuse_what_is_missing(self) -> None:
-        """Published flags that this version does not provide are errors, never ignored."""
-        if self.use_8bit_optimizer:
-            raise NotImplementedYet("--use_8bit_optimizer is not part of this version; leave it out")
 
     def check_precompute_stage(self, preset: Preset) -> None:
         """Refuse the flag where there is nothing to encode.
@@ -223,6 +228,21 @@ class PublishedTrainingArguments(Arguments):
                 f"--precompute_stage {self.precompute_stage}: expected a preset of latent diffusion, found one of "
                 f"pixels ({preset.dataset}); leave it out, or choose a --preset with a codec, e.g. celeba"
             )
+
+
+class RuntimeArguments(Arguments):
+    """Flags that change how a result is computed, and not the result."""
+
+    compile: bool = Field(default=False, description="Compile the network (torch.compile), once per process.")
+    channels_last: bool = Field(default=False, description="Keep activations as (n, height, width, channels).")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Compute activations again for the backward pass instead of keeping them."
+    )
+
+    def runtime(self, base: RuntimeConfig | None = None) -> RuntimeConfig:
+        """How networks compute: as `base` says, and as the flags that are on say."""
+        names = ("compile", "channels_last", "gradient_checkpointing")
+        return (base or RuntimeConfig()).replace(**{name: True for name in names if getattr(self, name)})
 
 
 def parse(arguments_class: type[ArgumentsT], argv: Sequence[str], *, prog: str, description: str) -> ArgumentsT:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ from rich.table import Table
 if TYPE_CHECKING:  # it brings PyTorch, for which commands that only compute would wait
     from tribute.diffusion.train import Progress
 
-console = Console(soft_wrap=False, highlight=False)
+console = Console(soft_wrap=False, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+"""Of the processes that `accelerate launch` starts, only the first prints."""
 
 
 def setup_logging() -> None:
@@ -27,6 +29,8 @@ def setup_logging() -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    # Says at every import that a kernel for 4-bit inference is missing, which nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, note: str = "") -> None:

@@ -24,7 +24,7 @@ class DataArguments(SourceArguments):
         default=None, gt=0, description="Report contributors with fewer images; None: the preset's batch, else 64."
     )
     max_hash_distance: int = Field(
-        default=6, ge=0, le=7, description="Bits of 128 in which near duplicates may differ."
+        default=9, ge=0, le=9, description="Bits of 128 in which near duplicates may differ."
     )
     n_workers: int | None = Field(default=None, gt=0, description="Processes that decode; None: by the processors.")
     examples: int = Field(default=5, ge=0, description="Examples printed of each finding.")

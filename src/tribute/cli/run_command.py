@@ -10,15 +10,15 @@ from typing import Annotated
 import tyro
 from pydantic import Field
 
-from tribute.cli.arguments import Arguments, parse, print_settings
+from tribute.cli.arguments import RuntimeArguments, parse, print_settings
 from tribute.cli.console import StudyReport, print_line, print_table
 from tribute.cli.lds_command import print_attributions, print_comparisons
-from tribute.config import StudyConfig
+from tribute.config import MixedPrecision, StudyConfig
 from tribute.study.outputs import direction, shares, write_outputs
 from tribute.study.run import BehaviorResult, StudyResult, run_study
 
 
-class RunArguments(Arguments):
+class RunArguments(RuntimeArguments):
     """Flags of `tribute run`."""
 
     study: Annotated[Path, tyro.conf.Positional] = Field(description="The study's settings, a YAML file.")
@@ -30,6 +30,8 @@ class RunArguments(Arguments):
         description="Stop measuring when every 95 % interval is at most this share of |v(grand) - v(empty)| to either "
         "side, e.g. 0.02; None: the study's fit.until_interval.",
     )
+    mixed_precision: MixedPrecision | None = Field(default=None, description="Of all training; None: the study's.")
+    use_8bit_optimizer: bool = Field(default=False, description="As use_8bit_optimizer: true in the study.")
     dry_run: bool = Field(default=False, description="Print the resolved settings and stop.")
 
 
@@ -37,7 +39,11 @@ def run(argv: Sequence[str], prog: str) -> None:
     """Parse the flags, run the study, print tables, write files."""
     arguments = parse(RunArguments, argv, prog=prog, description="Run a whole study.")
     config = StudyConfig.from_yaml(arguments.study)
-    changes = {name: getattr(arguments, name) for name in ("outdir", "n_threads")}
+    changes = {name: getattr(arguments, name) for name in ("outdir", "n_threads", "mixed_precision")}
+    changes |= {
+        "use_8bit_optimizer": arguments.use_8bit_optimizer or None,
+        "runtime": arguments.runtime(config.runtime),
+    }
     config = config.replace(**{name: value for name, value in changes.items() if value is not None})
     if arguments.until_interval is not None:
         config = config.replace(fit=config.fit.replace(until_interval=arguments.until_interval))
@@ -45,6 +51,8 @@ def run(argv: Sequence[str], prog: str) -> None:
         print_settings({"study": config, "preset": config.load_preset()})
         return
     result = run_study(config, StudyReport())
+    if result is None:  # a process of `accelerate launch` that only helps
+        return
     for item in result.behaviors:
         print_behavior(item, result)
     print_timings(result)

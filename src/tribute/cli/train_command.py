@@ -13,6 +13,7 @@ from tribute.cli.arguments import (
     Pruner,
     PublishedTrainingArguments,
     RemovalArguments,
+    RuntimeArguments,
     parse,
     print_settings,
 )
@@ -28,7 +29,7 @@ from tribute.unlearning.base import METHODS, PLANNED_METHODS, check_method
 TRAIN_METHODS = (*METHODS, "prune_fine_tune", *PLANNED_METHODS)
 
 
-class TrainArguments(DataArguments, RemovalArguments, PublishedTrainingArguments):
+class TrainArguments(DataArguments, RemovalArguments, PublishedTrainingArguments, RuntimeArguments):
     """Flags of `main.py`."""
 
     method: str = Field(description="retrain, prune_fine_tune or gd; ga, lora and iu are not in this version.")
@@ -59,8 +60,7 @@ def run(argv: Sequence[str], prog: str) -> None:
     if arguments.method != "prune_fine_tune":
         check_method(arguments.method)
     if arguments.precompute_stage != "save":  # which trains nothing
-        arguments.refuse_what_is_missing()
-    prune = prune_settings(arguments)
+        prune = prune_settings(arguments)
     start_path = find_start(arguments, prune)
     start = None if start_path is None or (arguments.dry_run and not start_path.exists()) else load_model(start_path)
     source = arguments.source(None if start is None else start.meta.get("source"))
@@ -73,6 +73,7 @@ def run(argv: Sequence[str], prog: str) -> None:
         lr=arguments.lr,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         mixed_precision=arguments.mixed_precision,
+        use_8bit_optimizer=arguments.use_8bit_optimizer,
         ema_inv_gamma=arguments.ema_inv_gamma,
         ema_power=arguments.ema_power,
         ema_max_decay=arguments.ema_max_decay,
@@ -89,6 +90,7 @@ def run(argv: Sequence[str], prog: str) -> None:
                 "source": source,
                 "codec": preset.codec,
                 "train": config,
+                "runtime": arguments.runtime(),
                 "start": start_path,
                 "removal": arguments.removal(),
                 "folder": folder,
@@ -99,13 +101,16 @@ def run(argv: Sequence[str], prog: str) -> None:
         save_latents(arguments, source, preset)
         return
 
+    from tribute.diffusion.preflight import check_training
     from tribute.study.stages import Saving, train_model
     from tribute.study.worker import Worker
 
+    check_training(config, device=arguments.device, runtime=arguments.runtime())
     worker = Worker(
         source,
         preset,
         mixed_precision=config.mixed_precision,
+        runtime=arguments.runtime(),
         device=arguments.device,
         n_threads=arguments.n_threads,
         reuse_latents=arguments.precompute_stage == "reuse",

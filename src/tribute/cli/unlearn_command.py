@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -15,13 +16,14 @@ from tribute.cli.arguments import (
     Pruner,
     PublishedTrainingArguments,
     RemovalArguments,
+    RuntimeArguments,
     parse,
     print_settings,
 )
 from tribute.cli.console import print_line, print_table
 from tribute.cli.train_command import training_preset
-from tribute.config import SampleConfig
-from tribute.errors import ConfigError, MixedResultsError, NotImplementedYet, StoreError
+from tribute.config import LocalConfig, SampleConfig
+from tribute.errors import ConfigError, MixedResultsError, StoreError
 from tribute.games.designs import coalition_of
 from tribute.models.checkpoint import Checkpoint
 from tribute.models.pipelines import load_model
@@ -29,7 +31,7 @@ from tribute.study.layout import dataset_name, models_dir, removal_name
 from tribute.unlearning.base import check_method
 
 
-class UnlearnArguments(DataArguments, RemovalArguments, PublishedTrainingArguments, FeatureArguments):
+class UnlearnArguments(DataArguments, RemovalArguments, PublishedTrainingArguments, RuntimeArguments, FeatureArguments):
     """Flags of `unlearn.py`."""
 
     load: Path = Field(
@@ -41,7 +43,11 @@ class UnlearnArguments(DataArguments, RemovalArguments, PublishedTrainingArgumen
     method: str = Field(description="gd or retrain; ga, lora and iu are not in this version.")
     model_behavior: str = Field(
         default="global",
-        description="global, or a list such as fid,is,kid@clip,my_module:my_function:lower; local is to come.",
+        description="global, local, or a list such as fid,kid@clip,local,avg_mse,my_module:my_function:lower.",
+    )
+    full_model: Path | None = Field(
+        default=None,
+        description="Checkpoint of the full model, for local behaviors; None: the model at --load, with gd.",
     )
     gd_steps: int | None = Field(default=None, ge=0, description="Updates of --method gd; None: the preset's.")
     batch_size: int | None = Field(default=None, gt=0, description="Examples per update; None: the preset's.")
@@ -60,23 +66,26 @@ class UnlearnArguments(DataArguments, RemovalArguments, PublishedTrainingArgumen
     guidance_scale: float | None = Field(
         default=None, ge=0, description="Of classifier-free guidance, for conditional models; None: the preset's."
     )
+    sample_mixed_precision: Literal["no", "fp16", "bf16"] | None = Field(
+        default=None, description="None: the preset's."
+    )
     use_ema: bool = Field(default=True, description="Measure the moving average of the weights.")
     save_samples: Path | None = Field(default=None, description="Also write the first 64 images as a PNG grid.")
-    n_local_samples: int = Field(default=100, gt=0, description="For --model_behavior local.")
-    n_noises: int = Field(default=50, gt=0, description="For --model_behavior local.")
+    n_local_samples: int = Field(default=100, gt=0, description="Images that local behaviors compare.")
+    n_noises: int = Field(default=50, gt=0, description="Noise levels for the diffusion loss of each image.")
 
 
 def run(argv: Sequence[str], prog: str) -> None:
     """Parse the flags, measure the coalition, record and print the behaviors."""
     arguments = parse(UnlearnArguments, argv, prog=prog, description="Measure the behaviors of a coalition's model.")
     check_method(arguments.method)
-    arguments.refuse_what_is_missing()
     if arguments.precompute_stage == "save":
         raise ConfigError("--precompute_stage save: encodes and stops, which main.py does; leave it out here, or reuse")
     behaviors = behavior_list(arguments.model_behavior)
     features = arguments.features(behaviors)
     checkpoint = load_model(arguments.load)
     check_pruning_flags(arguments, checkpoint)
+    full = full_model(arguments, behaviors, checkpoint)
     source = arguments.source(checkpoint.meta.get("source"))
     preset = training_preset(arguments, source.dataset, checkpoint).with_codec(arguments.codec)
     arguments.check_precompute_stage(preset)
@@ -90,6 +99,7 @@ def run(argv: Sequence[str], prog: str) -> None:
             lr=arguments.lr,
             gradient_accumulation_steps=arguments.gradient_accumulation_steps,
             mixed_precision=arguments.mixed_precision,
+            use_8bit_optimizer=arguments.use_8bit_optimizer,
             opt_seed=arguments.opt_seed,
         )
     removal = arguments.removal()
@@ -101,8 +111,10 @@ def run(argv: Sequence[str], prog: str) -> None:
                 "method": arguments.method,
                 "train": train,
                 "sampling": sampling,
+                "runtime": arguments.runtime(),
                 "behaviors": behaviors,
                 "features": features,
+                "local": None if full is None else {"full_model": full.path, **dict(local_settings(arguments))},
                 "removal": removal,
                 "db": arguments.db,
                 "exp_name": arguments.exp_name,
@@ -110,25 +122,33 @@ def run(argv: Sequence[str], prog: str) -> None:
         )
         return
 
+    from tribute.diffusion.preflight import Launch, check_precision, check_training
     from tribute.store.records import EvaluationSpec, Store
     from tribute.study.executors import SerialExecutor
     from tribute.study.outputs import write_image_grid
-    from tribute.study.provenance import provenance
     from tribute.study.stages import Saving, check_same_data, checkpoint_policy
+    from tribute.study.team import Team
     from tribute.study.worker import Worker
 
-    with Store.open(arguments.db) as store:
+    launch = Launch.from_environment()
+    if train is not None:
+        check_training(train, device=arguments.device, runtime=arguments.runtime(), launch=launch)
+    check_precision(sampling.mixed_precision, arguments.device)
+    with Store.open(arguments.db) if launch.is_main else nullcontext() as store:
         worker = Worker(
             source,
             preset,
             behaviors=behaviors,
             features=features,
             mixed_precision=train.mixed_precision if train else "no",
+            runtime=arguments.runtime(),
             device=arguments.device,
             n_threads=arguments.n_threads,
             reuse_latents=arguments.precompute_stage == "reuse",
         )
         check_same_data(checkpoint, worker)
+        if full is not None:
+            sampling = worker.compare_with(full, sampling.replace(use_ema=arguments.use_ema), local_settings(arguments))
         contributors = worker.data.contributors
         mask = coalition_of(
             removal["removal_dist"],
@@ -155,7 +175,11 @@ def run(argv: Sequence[str], prog: str) -> None:
                     removal=removal,
                 )
             method = worker.fine_tuning(checkpoint, train, use_ema=arguments.use_ema, checkpoints=policy)
-        value_function = worker.value_function(method, sampling)
+        value_functions = {arguments.method: worker.value_function(method, sampling)}
+        team = Team(worker.trainer.processes, value_functions, contributors.n_contributors)
+        if store is None:
+            team.follow()
+            return
         study_id = store.open_study(
             arguments.exp_name,
             dataset=source.dataset,
@@ -175,9 +199,11 @@ def run(argv: Sequence[str], prog: str) -> None:
         evaluation_ids = store.add(study_id, [spec])
         store.retry(study_id, evaluation_ids=evaluation_ids)
         executor = SerialExecutor(
-            lambda claimed: value_function(np.array(claimed.spec.coalition_mask), opt_seed=claimed.spec.opt_seed),
+            lambda claimed: team.measure(
+                arguments.method, np.array(claimed.spec.coalition_mask), opt_seed=claimed.spec.opt_seed
+            ),
             definitions=worker.behavior_definitions(),
-            provenance=provenance(str(worker.trainer.device)),
+            provenance=worker.provenance(),
             evaluation_ids=evaluation_ids,
             max_attempts=1,
         )
@@ -192,32 +218,60 @@ def run(argv: Sequence[str], prog: str) -> None:
         present = [name for name, is_in in zip(contributors.names, mask, strict=True) if is_in]
         print_line(f"{len(present)} of {len(mask)} contributors: {', '.join(present) or 'nobody'}")
         real = worker.measure(worker.data.reference_images[: sampling.n_samples])
+        shown = worker.reported_behaviors()
+        n_hidden = len(record.behaviors) - len(shown)
+        rows = [[name, f"{record.behaviors[name]:.4f}", f"{real[name]:.4f}" if name in real else "-"] for name in shown]
+        columns = ["behavior", "value", "real images"] if real else ["behavior", "value"]
         print_table(
             f"{arguments.exp_name}: behaviors of {sampling.n_samples:,} images",
-            ["behavior", "value", "real images"],
-            [[name, f"{value:.4f}", f"{real[name]:.4f}"] for name, value in record.behaviors.items()],
+            columns,
+            [row[: len(columns)] for row in rows],
+            note=f"and {n_hidden:,} values of single images, generated_image_0_mse and so on" if n_hidden else "",
         )
         seconds = ", ".join(f"{name} {value:.1f} s" for name, value in record.seconds.items())
         if arguments.save_samples is not None:
             if not images:
-                images = [value_function(mask, opt_seed=opt_seed).images]
+                images = [team.measure(arguments.method, mask, opt_seed=opt_seed).images]
             write_image_grid(images[0][:64], arguments.save_samples)
             print_line(f"wrote {arguments.save_samples}")
+        team.dismiss()
         print_line(f"{'recorded' if n_done else 'was recorded before'} in {arguments.db} ({seconds})")
 
 
 def behavior_list(model_behavior: str) -> list[str]:
-    """Names of the behaviors that `--model_behavior` means."""
+    """Names of the behaviors that `--model_behavior` means; `local` stays one."""
     from tribute.behaviors.base import GLOBAL_BEHAVIORS
 
-    if model_behavior == "global":
-        return list(GLOBAL_BEHAVIORS)
-    if model_behavior == "local":
-        raise NotImplementedYet(
-            "--model_behavior local (mse, ssim, diffusion_loss of single images) is not part of this version; "
-            "use global or a list of behaviors"
+    names: list[str] = []
+    for name in (part.strip() for part in model_behavior.split(",")):
+        names += GLOBAL_BEHAVIORS if name == "global" else [name] * bool(name)
+    return names
+
+
+def local_settings(arguments: UnlearnArguments) -> LocalConfig:
+    """How much local behaviors look at."""
+    return LocalConfig(n_samples=arguments.n_local_samples, n_noises=arguments.n_noises)
+
+
+def full_model(arguments: UnlearnArguments, behaviors: Sequence[str], checkpoint: Checkpoint) -> Checkpoint | None:
+    """The model that local behaviors compare with; None where there are none.
+
+    Raises:
+        ConfigError: With `retrain`, the model at `--load` is the coalition's own: another one must be named.
+    """
+    from tribute.behaviors.local import split_local
+
+    local_names, _ = split_local(behaviors)
+    if not local_names:
+        return None
+    if arguments.full_model is not None:
+        return load_model(arguments.full_model)
+    if arguments.method == "retrain":
+        raise ConfigError(
+            f"--full_model: {', '.join(local_names)} compare with the full model, and with --method retrain the model "
+            "at --load is the coalition's; name the one that main.py --method retrain trained on everybody"
         )
-    return [name.strip() for name in model_behavior.split(",") if name.strip()]
+    return checkpoint
 
 
 def sample_settings(arguments: UnlearnArguments, base: SampleConfig) -> SampleConfig:
@@ -228,6 +282,7 @@ def sample_settings(arguments: UnlearnArguments, base: SampleConfig) -> SampleCo
         "sampler": arguments.sampler,
         "batch_size": arguments.sample_batch_size,
         "guidance_scale": arguments.guidance_scale,
+        "mixed_precision": arguments.sample_mixed_precision,
     }
     return base.replace(**{key: value for key, value in flags.items() if value is not None})
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tribute.data.columns import read_owners, twin_names
-from tribute.data.duplicates import find_duplicates
+from tribute.data.duplicates import MAX_DISTANCE, find_duplicates
 from tribute.data.examination import EXAMINATION
 from tribute.data.image_workers import MAX_BATCH_BYTES, Encoded, default_n_workers, process_images
 from tribute.data.listing import Listing, Rows
@@ -80,7 +80,7 @@ def check_data(
     request: DataRequest,
     *,
     batch_size: int = 64,
-    max_hash_distance: int = 6,
+    max_hash_distance: int = MAX_DISTANCE,
     on_progress: OnProgress = lambda n_done, n_total: None,
 ) -> Report:
     """Decode every image once and report. Nothing is written but hashes of files.

@@ -85,7 +85,14 @@ def decode_image(encoded: bytes, rule: ImageRule) -> Images:
         except Image.DecompressionBombError as error:
             raise DataError(f"expected an image of at most {MAX_PIXELS:,} pixels, found more ({error})") from error
         except DAMAGE as error:
-            raise DataError(f"expected an image, found bytes that cannot be decoded ({error})") from error
+            raise DataError(f"expected an image, found bytes that cannot be decoded ({what(error)})") from error
+
+
+def what(error: Exception) -> str:
+    """What a decoder says, without the address of the buffer that Pillow names instead of a file."""
+    from PIL import UnidentifiedImageError
+
+    return "of no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def check_size(size: tuple[int, int]) -> None:

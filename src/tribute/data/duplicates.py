@@ -1,8 +1,8 @@
 """Images that occur more than once: with the same pixels, or looking the same.
 
 Two images look the same if few bits of their perceptual hashes differ and their thumbnails have nearly the same
-colours. Pairs are found without comparing all: of 8 bands of 16 bits, two hashes that differ in at most 7 bits have
-one in common, so only images that share a band are compared. Neighbouring bits of a hash say much the same; spread
+colours. Pairs are found without comparing all: of 10 bands of 12 or 13 bits, two hashes that differ in at most 9 bits
+have one in common, so only images that share a band are compared. Neighbouring bits of a hash say much the same; spread
 over the bands by a fixed permutation, they make bands that few images share.
 
 References:
@@ -19,9 +19,10 @@ import numpy.typing as npt
 
 from tribute.seeding import numpy_stream
 
-N_BANDS = 8
+N_BANDS = 10
 MAX_DISTANCE = N_BANDS - 1
-# Of thumbnails, mean absolute difference of their values 0 to 255. JPEG at quality 50 changes it by 1 to 3.
+# Of thumbnails, mean absolute difference of their values 0 to 255 after their means were made equal. On CIFAR-10 it is
+# below 5.2 for 99 % of images compressed as JPEG of quality 50, and below 1.6 at quality 90, at half or twice the size.
 MAX_THUMBNAIL_DIFFERENCE = 6.0
 _BITS_OF_BYTE = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
 
@@ -44,7 +45,7 @@ def find_duplicates(
     hashes: npt.NDArray[np.uint64],
     thumbnails: npt.NDArray[np.uint8],
     *,
-    max_distance: int = 6,
+    max_distance: int = MAX_DISTANCE,
 ) -> Duplicates:
     """Find exact and near duplicates.
 
@@ -87,9 +88,9 @@ def _candidates(hashes: npt.NDArray[np.uint64]) -> Iterator[npt.NDArray[np.int64
     yield np.stack([firsts[others], others], axis=1)
 
     order = numpy_stream(0, "data.duplicates.bands").permutation(128)
-    bits = np.unpackbits(unique.view(np.uint8).reshape(len(unique), 16), axis=1)[:, order]
-    bands = np.ascontiguousarray(np.packbits(bits, axis=1)).view(np.uint16)
-    for band in bands.T:
+    bits = np.unpackbits(unique.view(np.uint8).reshape(len(unique), 16), axis=1)
+    for columns in np.array_split(order, N_BANDS):
+        band = bits[:, columns] @ (1 << np.arange(len(columns)))
         by_value = np.argsort(band, kind="stable")
         left = np.arange(len(by_value) - 1)
         for step in range(1, len(by_value)):
@@ -111,5 +112,6 @@ def _alike(
     differing = (hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]]).view(np.uint8)
     pairs = pairs[_BITS_OF_BYTE[differing].sum(axis=1) <= max_distance]
     colours = thumbnails.reshape(len(thumbnails), -1)
-    difference = np.abs(colours[pairs[:, 0]].astype(np.int16) - colours[pairs[:, 1]])
-    return pairs[difference.mean(axis=1) <= MAX_THUMBNAIL_DIFFERENCE]
+    difference = colours[pairs[:, 0]].astype(np.float32) - colours[pairs[:, 1]]
+    difference -= difference.mean(axis=1, keepdims=True)  # another brightness is no other image
+    return pairs[np.abs(difference).mean(axis=1) <= MAX_THUMBNAIL_DIFFERENCE]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tribute.data.decoding import DAMAGE, check_size, in_colour
+from tribute.data.decoding import DAMAGE, check_size, in_colour, what
 from tribute.errors import DataError
 
 THUMBNAIL_SIZE = 8
@@ -59,11 +59,11 @@ def examine_image(encoded: bytes) -> npt.NDArray[Any]:
         except Image.DecompressionBombError as error:
             raise DataError(f"expected an image of a sound size, found a decompression bomb ({error})") from error
         except DAMAGE as error:
-            raise DataError(f"expected an image, found bytes that cannot be decoded ({error})") from error
+            raise DataError(f"expected an image, found bytes that cannot be decoded ({what(error)})") from error
     content = hashlib.sha256(f"{rgb.size}\n".encode() + rgb.tobytes())
     record["pixels_sha256"] = np.frombuffer(content.digest()[:16], dtype=np.uint8)
-    record["thumbnail"] = np.asarray(rgb.resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.BOX))
-    grey = np.asarray(rgb.convert("L").resize((9, 9), Image.Resampling.BOX)).astype(np.int16)
+    record["thumbnail"] = np.asarray(rgb.resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.LANCZOS))
+    grey = np.asarray(rgb.convert("L").resize((9, 9), Image.Resampling.LANCZOS)).astype(np.int16)
     bits = np.stack([grey[:8, :8] < grey[:8, 1:], grey[:8, :8] < grey[1:, :8]])
     record["perceptual_hash"] = np.packbits(bits).view("<u8")
     return record

@@ -15,7 +15,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -77,7 +77,9 @@ def process_images(
     with ExitStack() as stack:
         idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
         for _ in range(n_workers):
-            idle.put(stack.enter_context(_started()))
+            process = _start()
+            stack.callback(_stop, process)
+            idle.put(process)
         pool = stack.enter_context(ThreadPoolExecutor(n_workers))
         pending: deque[Future[Answer]] = deque()
         # Undone work is dropped before the pool waits for its threads, so an error shows at once.
@@ -133,7 +135,7 @@ def _process_batch(batch: Sequence[Encoded], rule: ImageRule | None) -> Answer:
 # The protocol: a length and JSON, then as many raw bytes as the JSON says.
 
 
-def _started() -> subprocess.Popen[bytes]:
+def _start() -> subprocess.Popen[bytes]:
     """A worker process that imports the package from where this one did."""
     package_parent = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
@@ -141,6 +143,15 @@ def _started() -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
     )
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Close the pipes, which ends the process, and wait for it."""
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(OSError):  # it has died with bytes still to be sent
+                pipe.close()
+    process.wait()
 
 
 def _ask(idle: SimpleQueue[subprocess.Popen[bytes]], batch: Sequence[Encoded], rule: ImageRule | None) -> Answer:
@@ -161,7 +172,8 @@ def _ask(idle: SimpleQueue[subprocess.Popen[bytes]], batch: Sequence[Encoded], r
             f"a process that decodes images ended early (status {process.poll()}), perhaps for lack of memory; "
             "run the same again with fewer processors"
         ) from error
-    idle.put(process)
+    finally:
+        idle.put(process)  # a dead one, too: nobody may wait for ever
     return Answer(array, {int(i): message for i, message in answer["failures"].items()})
 
 

@@ -9,10 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tribute.config import NoiseScheduleConfig, SampleConfig
+from tribute.config import NoiseScheduleConfig, RuntimeConfig, SampleConfig
 from tribute.diffusion.loss import predict
+from tribute.diffusion.preflight import check_precision
 from tribute.errors import ConfigError
 from tribute.models.build import build_ddim_scheduler, check_classes
+from tribute.models.runtime import prepare_network
 from tribute.seeding import torch_stream
 from tribute.types import Images
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
 
 _GOLDEN = (5**0.5 - 1) / 2
+
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _MIN_BATCH = 16
 """Smaller batches are padded: matrix products of 1 to 15 rows round differently from longer ones (MKL, measured)."""
@@ -60,6 +64,7 @@ def sample_images(
     label_counts: npt.NDArray[np.int64] | None = None,
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
     on_batch: Callable[[int], None] | None = None,
+    runtime: RuntimeConfig | None = None,
 ) -> Images:
     """Generate images from a model.
 
@@ -76,15 +81,25 @@ def sample_images(
         decode: From latents `(n, *latent_shape)` to images `(n, channels, height, width)` in [-1, 1]; None for a
             model of pixels.
         on_batch: Called with the number of images done, after each batch.
+        runtime: How the model computes.
 
     Returns:
         `(n_images, height, width, channels)` uint8.
+
+    Raises:
+        ConfigError: The device does not have the precision asked for.
     """
+    runtime = runtime or RuntimeConfig()
     image_idx = range(config.n_samples) if image_idx is None else image_idx
     check_guidance(model.config.get("num_class_embeds"), label_counts, config.guidance_scale)
     device = next(model.parameters()).device
     unet_config = model.config
     shape = (unet_config["in_channels"], unet_config["sample_size"], unet_config["sample_size"])
+    check_precision(config.mixed_precision, device.type)
+    prepare_network(model, runtime)
+    # A compiled network is compiled for one batch size, so a last batch that is smaller is filled up.
+    min_batch = max(_MIN_BATCH, min(config.batch_size, len(image_idx)) if runtime.compile else 0)
+    autocast = torch.autocast(device.type, _DTYPES[config.mixed_precision], enabled=config.mixed_precision != "no")
     was_training = model.training
     model.eval()
     batches = []
@@ -92,14 +107,15 @@ def sample_images(
         idx = image_idx[start : start + config.batch_size]
         sampler = build_sampler(config, noise_schedule)
         sampler.set_timesteps(config.num_inference_steps)
-        padded_idx = [*idx, *[idx[0]] * (_MIN_BATCH - len(idx))]
+        padded_idx = [*idx, *[idx[0]] * (min_batch - len(idx))]
         images = initial_noise(config.noise_seed, padded_idx, shape).to(device)
         labels = None
         if label_counts is not None and unet_config.get("num_class_embeds"):
             labels = torch.from_numpy(draw_labels(label_counts, padded_idx)).to(device)
         for timestep in sampler.timesteps:
-            prediction = guided_prediction(model, images, timestep, labels, config.guidance_scale)
-            images = sampler.step(prediction, timestep, images, return_dict=False)[0]
+            with autocast:
+                prediction = guided_prediction(model, images, timestep, labels, config.guidance_scale)
+            images = sampler.step(prediction.float(), timestep, images, return_dict=False)[0]
         batches.append(to_uint8((decode or _identity)(images)[: len(idx)]))
         if on_batch is not None:
             on_batch(min(start + config.batch_size, len(image_idx)))

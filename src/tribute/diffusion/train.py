@@ -20,9 +20,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tribute.config import NoiseScheduleConfig, TrainConfig
+from tribute.config import NoiseScheduleConfig, RuntimeConfig, TrainConfig
+from tribute.diffusion.deepspeed import in_full_precision, prepare_engine, uses_deepspeed
 from tribute.diffusion.examples import PixelExamples, TrainingExamples
 from tribute.diffusion.loss import denoising_loss, draw_timesteps
+from tribute.diffusion.preflight import check_batch_size, check_optimizer, check_precision
+from tribute.diffusion.processes import Processes
 from tribute.errors import CheckpointError, ConfigError, MixedResultsError, TributeError
 from tribute.models.build import build_noise_schedule, check_classes
 from tribute.models.checkpoint import (
@@ -32,6 +35,7 @@ from tribute.models.checkpoint import (
     load_weights,
     save_checkpoint,
 )
+from tribute.models.runtime import check_runtime, prepare_network
 from tribute.seeding import numpy_stream, stream_seed, torch_stream
 from tribute.types import Images
 
@@ -110,7 +114,8 @@ class Ema:
     def update(self, model: torch.nn.Module, step: int) -> None:
         """Move towards the weights after update number `step` (1-based)."""
         decay = min(self.config.ema_max_decay, 1 - (1 + step / self.config.ema_inv_gamma) ** -self.config.ema_power)
-        torch._foreach_lerp_(self.shadow, list(model.parameters()), 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        weights = [weight.to(torch.float32) for weight in model.parameters()]  # DeepSpeed's may be of half precision
+        torch._foreach_lerp_(self.shadow, weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def state(self) -> dict[str, torch.Tensor]:
         """Averages by parameter name."""
@@ -130,6 +135,7 @@ class Trainer:
         examples: Training examples, or images `(n_examples, height, width, channels)` uint8 without labels.
         noise_schedule: The forward process.
         mixed_precision: `no`, `fp16` or `bf16`.
+        runtime: How networks compute.
         device: Where to train; None lets Accelerate choose.
         log_with: Trackers of Accelerate, e.g. `("tensorboard",)`.
         project_dir: Where trackers write.
@@ -144,14 +150,14 @@ class Trainer:
         noise_schedule: NoiseScheduleConfig,
         *,
         mixed_precision: str = "no",
+        runtime: RuntimeConfig | None = None,
         device: str | None = None,
         log_with: Sequence[str] = (),
         project_dir: Path | None = None,
     ) -> None:
         from accelerate import Accelerator
 
-        if mixed_precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
-            raise ConfigError("mixed_precision: fp16 needs a GPU, found none or --device cpu; use bf16 or no")
+        check_precision(mixed_precision, device)
         if device is not None and ":" in device:
             raise ConfigError(
                 f"device: expected cpu or cuda, found {device!r}; choose one of several GPUs by CUDA_VISIBLE_DEVICES"
@@ -159,6 +165,7 @@ class Trainer:
         self.examples: TrainingExamples = PixelExamples(examples) if isinstance(examples, np.ndarray) else examples
         self.noise_schedule_config = noise_schedule
         self.noise_schedule = build_noise_schedule(noise_schedule)
+        self.runtime = runtime or RuntimeConfig()
         try:
             self.accelerator: Accelerator = Accelerator(
                 mixed_precision=mixed_precision,
@@ -166,8 +173,10 @@ class Trainer:
                 log_with=list(log_with) or None,
                 project_dir=project_dir,
             )
-        except ValueError as error:  # e.g. another precision earlier in this process
-            raise ConfigError(f"mixed_precision, device or tracker: Accelerate refuses them: {error}") from error
+        except (ValueError, ImportError) as error:  # e.g. another precision earlier in this process, or no DeepSpeed
+            raise ConfigError(
+                f"mixed_precision, device, tracker or launcher: Accelerate refuses them: {error}"
+            ) from error
         if len(self.accelerator.log_with) < len(log_with):  # Accelerate leaves out what is not installed
             raise ConfigError(
                 f"report_to: the package of the tracker {', '.join(log_with)} is not installed; install it, or leave "
@@ -175,6 +184,8 @@ class Trainer:
             )
         if device is not None and device.split(":")[0] != self.device.type:
             raise ConfigError(f"device: asked for {device!r}, found {self.device.type!r} only; leave --device out")
+        check_runtime(self.runtime, self.device.type)
+        self.processes = Processes(self.accelerator)
         self._scaler_state = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
 
     @property
@@ -214,21 +225,23 @@ class Trainer:
                 f"mixed_precision: this process was set up for {accelerator.mixed_precision!r}, the training settings "
                 f"ask for {config.mixed_precision!r}; use the same in both"
             )
-        if config.batch_size % accelerator.num_processes:
-            raise ConfigError(
-                f"batch_size: expected a multiple of the {accelerator.num_processes} processes, "
-                f"found {config.batch_size}"
-            )
+        check_batch_size(config.batch_size, accelerator.num_processes)
+        check_optimizer(config)
         self._check_fits(model, config)
         model.to(accelerator.device).train()
+        prepare_network(model, self.runtime)
         model.zero_grad(set_to_none=True)  # of a run that was interrupted between two forward passes
         ema = Ema(model, config)
         optimizer = _build_optimizer(model, config)
         raw_model = model
-        if accelerator.num_processes > 1 or accelerator.mixed_precision != "no":
+        with_deepspeed = uses_deepspeed(accelerator)
+        if accelerator.num_processes > 1 or accelerator.mixed_precision != "no" or with_deepspeed:
             accelerator.free_memory()  # it remembers every optimizer that it prepared
+        if with_deepspeed:
+            model, optimizer = prepare_engine(accelerator, model, optimizer, config)
+        elif accelerator.num_processes > 1 or accelerator.mixed_precision != "no":
             optimizer = accelerator.prepare_optimizer(optimizer)
-        if accelerator.num_processes > 1:
+        if accelerator.num_processes > 1 and not with_deepspeed:
             model = accelerator.prepare_model(model)
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(self._scaler_state)  # no run depends on the one before it
@@ -258,7 +271,7 @@ class Trainer:
             is_last = done == config.n_steps
             save_now = checkpoints is not None and (is_last or done % checkpoints.ckpt_freq == 0)
             if is_last or save_now or done % log_freq == 0:
-                final_loss = float(torch.stack(losses).mean())
+                final_loss = self._mean(losses)
                 losses.clear()
                 if not math.isfinite(final_loss) or not _has_finite_weights(raw_model):
                     raise TributeError(
@@ -281,13 +294,24 @@ class Trainer:
                     done,
                     config,
                     seconds_before + time.perf_counter() - started,
+                    resumable=not with_deepspeed,
                 )
         if checkpoints is not None and config.n_steps == 0 and accelerator.is_main_process:
-            _save(checkpoints, raw_model, ema, optimizer, 0, config, 0.0)
+            _save(checkpoints, raw_model, ema, optimizer, 0, config, 0.0, resumable=True)
         if model is not raw_model:
             accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the caller's model is as it came
+        if with_deepspeed:
+            raw_model.float()
+        accelerator.wait_for_everyone()  # nobody reads the last checkpoint before it is written
         seconds = seconds_before + time.perf_counter() - started
         return TrainResult(ema=ema.state(), n_steps=config.n_steps, seconds=seconds, final_loss=final_loss)
+
+    def _mean(self, losses: Sequence[torch.Tensor]) -> float:
+        """Mean loss of all processes, each of which has its share of every batch."""
+        mean = torch.stack(list(losses)).mean()
+        if self.accelerator.num_processes > 1:
+            mean = self.accelerator.reduce(mean, "mean")
+        return float(mean)  # pyright: ignore[reportArgumentType]
 
     def _loss(
         self,
@@ -401,15 +425,18 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def _build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of the settings, over all parameters."""
+    settings: dict[str, Any] = {
+        "lr": config.optimizer.lr,
+        "betas": config.optimizer.betas,
+        "eps": config.optimizer.eps,
+        "weight_decay": config.optimizer.weight_decay,
+    }
+    if config.optimizer.is_8bit:
+        import bitsandbytes.optim
+
+        return getattr(bitsandbytes.optim, config.optimizer.name)(model.parameters(), **settings)
     optimizer_class = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[config.optimizer.name]
-    return optimizer_class(
-        model.parameters(),
-        lr=config.optimizer.lr,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-        foreach=True,
-    )
+    return optimizer_class(model.parameters(), foreach=True, **settings)
 
 
 def _has_finite_weights(model: torch.nn.Module) -> bool:
@@ -437,27 +464,36 @@ def _save(
     n_steps: int,
     config: TrainConfig,
     seconds: float,
+    *,
+    resumable: bool,
 ) -> None:
-    """Write a checkpoint from which training resumes exactly."""
+    """Write a checkpoint, with the optimizer's state where training is to resume from it exactly."""
     path = save_checkpoint(
         policy.folder,
         n_steps=n_steps,
-        unet=model.state_dict(),
+        unet=in_full_precision(model.state_dict()),
         ema=ema.state(),
         meta={**policy.meta, "train": config.model_dump(mode="json"), "seconds_train": seconds},
         pruning=policy.pruning,
-        training_state=_optimizer_tensors(model, optimizer),
+        training_state=_optimizer_tensors(model, optimizer) if resumable else None,
     )
     if not policy.keep_all:
         delete_older(policy.folder, path)
 
 
 def _optimizer_tensors(model: torch.nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
-    """Optimizer state by `optimizer.STATISTIC.PARAMETER`; empty before the first update."""
+    """Optimizer state by `optimizer.STATISTIC.PARAMETER`; empty before the first update.
+
+    An 8-bit optimizer counts steps in Python and shares its quantisation maps among parameters; a file holds neither
+    numbers nor shared tensors, so the ones become tensors and the others are copied.
+    """
     tensors = {}
+    seen: set[int] = set()
     for name, parameter in model.named_parameters():
         for statistic, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{_STATE_PREFIX}.{statistic}.{name}"] = torch.as_tensor(value)
+            tensor = torch.as_tensor(value)
+            tensors[f"{_STATE_PREFIX}.{statistic}.{name}"] = tensor.clone() if tensor.data_ptr() in seen else tensor
+            seen.add(tensor.data_ptr())
     return tensors
 
 
@@ -507,10 +543,11 @@ def _resume(
 
 def _load_optimizer(model: torch.nn.Module, optimizer: Any, found: Checkpoint) -> None:
     """Put the saved statistics back where the optimizer keeps them."""
-    state: dict[str, dict[str, torch.Tensor]] = {}
+    state: dict[str, dict[str, torch.Tensor | int]] = {}
     for key, value in (found.training_state or {}).items():
         _, statistic, name = key.split(".", 2)
-        state.setdefault(name, {})[statistic] = value
+        is_count = statistic == "step" and not value.is_floating_point()  # of an 8-bit optimizer
+        state.setdefault(name, {})[statistic] = int(value) if is_count else value
     names = [name for name, _ in model.named_parameters()]
     optimizer.load_state_dict(
         {

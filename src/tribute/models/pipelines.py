@@ -104,13 +104,22 @@ def adopt_model(preset: Preset, checkpoint: Checkpoint) -> Preset:
         logger.warning("%s names no scheduler; using the noise schedule of the preset", checkpoint.path)
     else:
         changes["noise_schedule"] = meta["noise_schedule"]
-    if "codec" in meta and "codec" in Preset.model_fields:
-        changes["codec"] = meta["codec"]
-    elif meta.get("codec"):
-        raise NotImplementedYet(
-            f"{checkpoint.path} works on the latents of a codec, which this version cannot; load a model of pixels"
-        )
-    return preset.replace(**changes)
+    return preset.replace(**changes, **_codec_change(checkpoint))
+
+
+def _codec_change(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a model says of its codec, as a change of a preset; nothing where it says nothing."""
+    meta = checkpoint.meta
+    saved = {**meta.get("preset", {}), **meta}  # a checkpoint of ours has it in its preset
+    if "codec" not in saved:
+        return {}
+    if "codec" in Preset.model_fields:
+        return {"codec": saved["codec"]}
+    if saved["codec"] is None:
+        return {}
+    raise NotImplementedYet(
+        f"{checkpoint.path} works on the latents of a codec, which this version cannot; load a model of pixels"
+    )
 
 
 def is_foreign(checkpoint: Checkpoint) -> bool:
@@ -150,7 +159,7 @@ def read_pipeline(folder: Path, *, origin: Mapping[str, Any], hub_name: str | No
     scheduler = _scheduler_file(folder)
     scheduler_config = None if scheduler is None else _read_json(scheduler)
     schedule = None if scheduler_config is None else schedule_settings(scheduler_config, where=Path(str(scheduler)))
-    weights_sha256, tensors = _read_weights(unet_folder, unet)
+    weights_sha256, tensors = _read_weights(unet_folder, unet, hub_name)
     settings = {
         "unet": unet.model_dump(mode="json"),
         "noise_schedule": None if schedule is None else schedule.model_dump(mode="json"),
@@ -379,7 +388,7 @@ def _defaults(diffusers_class: type) -> dict[str, Any]:
     return {item.name: item.default for item in parameters if item.default is not inspect.Parameter.empty}
 
 
-def _read_weights(folder: Path, unet: UNetConfig) -> tuple[str, Tensors]:
+def _read_weights(folder: Path, unet: UNetConfig, hub_name: str | None) -> tuple[str, Tensors]:
     """SHA-256 of the weights file, and its tensors in float32 under the names of today.
 
     Raises:
@@ -388,20 +397,29 @@ def _read_weights(folder: Path, unet: UNetConfig) -> tuple[str, Tensors]:
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         pickles = sorted(item.name for item in folder.glob("*.bin"))
-        subfolder = ", subfolder='unet'" if folder.name == "unet" else ""
-        source = folder.parent if folder.name == "unet" else folder
+        found = f"{pickles[0]}, a pickle, which can run code when it is loaded" if pickles else "no such file"
         raise CheckpointError(
-            f"{folder}: expected {WEIGHTS_NAME}, found "
-            + (f"{pickles[0]}, a pickle, which can run code when it is loaded" if pickles else "no such file")
-            + ". Weights that exist only as .bin are converted, without running code from them, by: "
-            f'python -c "from diffusers import UNet2DModel; UNet2DModel.from_pretrained({str(source)!r}{subfolder})'
-            f'.save_pretrained({str(folder)!r})"'
+            f"{folder}: expected {WEIGHTS_NAME}, found {found}. Weights that exist only as .bin are converted, without "
+            f'running code from them, by: python -c "{_conversion(folder, hub_name)}"'
         )
     tensors = {_name_of_today(name): tensor.float() for name, tensor in read_tensors(path).items()}
     with torch.device("meta"):
         model = build_unet(unet, device="meta")
     check_weights(model, tensors, where=path)
     return sha256_of_file(path), tensors
+
+
+def _conversion(folder: Path, hub_name: str | None) -> str:
+    """Python that writes pickled weights as safetensors; diffusers unpickles tensors only (`weights_only`)."""
+    if hub_name is not None:
+        return (
+            f"from diffusers import DiffusionPipeline; DiffusionPipeline.from_pretrained({hub_name!r})"
+            ".save_pretrained('FOLDER')"
+        )
+    return (
+        f"from diffusers import UNet2DModel; UNet2DModel.from_pretrained({str(folder)!r})"
+        f".save_pretrained({str(folder)!r})"
+    )
 
 
 def _name_of_today(name: str) -> str:

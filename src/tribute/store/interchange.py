@@ -11,6 +11,7 @@ import csv
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,11 @@ PUBLISHED_BEHAVIOR_KEYS: Mapping[str, str] = {
     "entropy": "entropy",
 }
 """Behavior name here -> key of a published line. `kid` is ours; the reference implementation ignores it."""
+
+_LOCAL_KEY = re.compile(
+    r"avg_(?:mse|nrmse|ssim|total_loss)|generated_image_(?:0|[1-9]\d*)_(?:mse|nrmse|ssim|diffusion_loss)"
+)
+"""Keys of published lines for local behaviors; those have the same names here."""
 
 _SECONDS_KEYS = {"train": "total_steps_time", "sample": "total_sampling_time"}
 _OTHER_KEYS = (
@@ -206,7 +212,8 @@ def _published_line(stored: StoredEvaluation, study: Study, owners: ExampleOwner
     provenance = dict(stored.provenance)
     foreign = provenance.pop(_FOREIGN, {})
     seconds = dict(stored.seconds)
-    others = {k: v for k, v in stored.behaviors.items() if k not in PUBLISHED_BEHAVIOR_KEYS}
+    local = {k: v for k, v in stored.behaviors.items() if _LOCAL_KEY.fullmatch(k)}
+    others = {k: v for k, v in stored.behaviors.items() if k not in PUBLISHED_BEHAVIOR_KEYS and k not in local}
     return {
         "dataset": spec.dataset,
         "method": spec.method,
@@ -218,6 +225,7 @@ def _published_line(stored: StoredEvaluation, study: Study, owners: ExampleOwner
         "gd_steps": spec.settings.get("gd_steps", _steps_of(spec)),
         **{key: seconds.pop(stage, None) for stage, key in _SECONDS_KEYS.items()},
         **{key: stored.behaviors.get(name) for name, key in PUBLISHED_BEHAVIOR_KEYS.items()},
+        **local,
         "remaining_idx": np.flatnonzero(present).tolist(),
         "removed_idx": np.flatnonzero(~present).tolist(),
         "tribute": {
@@ -234,7 +242,7 @@ def _published_line(stored: StoredEvaluation, study: Study, owners: ExampleOwner
             "seconds": seconds,
             "provenance": provenance,
         },
-        **{key: value for key, value in foreign.items() if key not in _KNOWN_KEYS},
+        **{key: value for key, value in foreign.items() if key not in _KNOWN_KEYS and key not in local},
     }
 
 
@@ -365,18 +373,21 @@ class _LineReader:
         )
         others = _get(extra, "behaviors", dict, optional=True) or {}
         behaviors = {name: _number(record, key) for name, key in PUBLISHED_BEHAVIOR_KEYS.items()}
+        behaviors |= {key: _number(record, key) for key in record if _LOCAL_KEY.fullmatch(key)}
         behaviors |= {name: _number(others, name) for name in others}
         behaviors = {name: value for name, value in behaviors.items() if value is not None}
         if not behaviors:
             raise StoreError(
-                f"at least one behavior was expected, under {', '.join(PUBLISHED_BEHAVIOR_KEYS.values())}; "
-                "found none. Remove the line, or measure its model"
+                f"at least one behavior was expected, under {', '.join(PUBLISHED_BEHAVIOR_KEYS.values())}, avg_mse or "
+                "the like; found none. Remove the line, or measure its model"
             )
         seconds = {stage: _number(record, key) for stage, key in _SECONDS_KEYS.items()}
         more_seconds = _get(extra, "seconds", dict, optional=True) or {}
         seconds |= {stage: _number(more_seconds, stage) for stage in more_seconds}
         provenance = dict(_get(extra, "provenance", dict, optional=True) or {})
-        foreign = {key: value for key, value in record.items() if key not in _KNOWN_KEYS}
+        foreign = {
+            key: value for key, value in record.items() if key not in _KNOWN_KEYS and not _LOCAL_KEY.fullmatch(key)
+        }
         if foreign:
             provenance[_FOREIGN] = foreign
         return FinishedEvaluation(

@@ -47,6 +47,7 @@ _IDENTIFYING = (
     "settings",
 )
 _SPEC_COLUMNS = (*_IDENTIFYING, "role", "priority")  # with the coalition, all that makes a specification
+_SINGLE_IMAGE = "generated_image_"  # behaviors of single images begin so
 _CHUNK = 500  # identities per query, far below the 32,766 variables that SQLite allows
 
 
@@ -1000,8 +1001,16 @@ def _contents(connection: Connection) -> str:
     for key, (by_status, behaviors) in sorted(experiments.items(), key=lambda item: str(item[0])):
         what = ", ".join(f"{name} {value}" for name, value in zip(names, key, strict=True))
         how_many = ", ".join(f"{by_status[s]} {s}" for s in get_args(Status) if s in by_status)
-        lines.append(f"  {what}: {how_many}; behaviors: {', '.join(sorted(behaviors)) or 'none'}")
+        lines.append(f"  {what}: {how_many}; behaviors: {_shown_behaviors(behaviors)}")
     return "\n".join(lines)
+
+
+def _shown_behaviors(names: set[str]) -> str:
+    """Names of behaviors; of single images, of which there may be hundreds, the first one and how many."""
+    single = sorted(name for name in names if name.startswith(_SINGLE_IMAGE))
+    shown = sorted(names - set(single)) + single[:1]
+    more = [f"and {len(single) - 1} more of single images"] if len(single) > 1 else []
+    return ", ".join([*shown, *more]) or "none"
 
 
 def _mask_to_text(mask: CoalitionMask) -> str:

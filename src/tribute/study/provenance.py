@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import platform
 import subprocess
 from functools import cache
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("torch", "diffusers", "accelerate", "torch-pruning", "numpy", "scipy", "scikit-learn")
+_EXTRAS = ("bitsandbytes", "deepspeed")
 
 
 @cache
@@ -20,8 +22,13 @@ def _environment() -> dict[str, Any]:
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": {name: importlib.metadata.version(name) for name in (*_PACKAGES, *_installed(_EXTRAS))},
     }
+
+
+def _installed(names: tuple[str, ...]) -> list[str]:
+    """The packages that are there."""
+    return [name for name in names if importlib.util.find_spec(name) is not None]
 
 
 def provenance(device: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tribute.config import Preset, StudyConfig, StudyModelConfig, TrainConfig
+from tribute.diffusion.preflight import check_precision, check_training
 from tribute.diffusion.train import Progress
 from tribute.errors import FitError, MixedResultsError, StoreError
 from tribute.files import write_whole
@@ -33,9 +34,9 @@ from tribute.study.attribution import (
 )
 from tribute.study.executors import SerialExecutor
 from tribute.study.layout import models_dir, pruning_name
-from tribute.study.provenance import provenance
 from tribute.study.stages import Saving, check_same_data, prune_model, train_model
-from tribute.study.value_function import Evaluation, ValueFunction
+from tribute.study.team import Team
+from tribute.study.value_function import Evaluation
 from tribute.study.worker import Worker
 from tribute.types import Attributions, Behaviors, CoalitionMask, CoalitionMasks
 
@@ -56,10 +57,14 @@ _MAY_CHANGE = {
     "fit.leave_one_out",
     "fit.n_end_points",
 } | {
+    "runtime.compile",
+    "runtime.compile_backend",
+    "runtime.channels_last",
+    "runtime.gradient_checkpointing",
     "test.n_coalitions",
     "test.opt_seeds",
 }
-"""Settings under which a study can be continued: they add evaluations or change only how results are read."""
+"""Settings under which a study can be continued: they add evaluations, or change how results are computed or read."""
 
 
 class Listener(Protocol):
@@ -132,17 +137,22 @@ class StudyResult:
     provenance: dict[str, Any]
 
 
-def run_study(config: StudyConfig, listener: Listener) -> StudyResult:
+def run_study(config: StudyConfig, listener: Listener) -> StudyResult | None:
     """Run all stages of a study, or what is left of them.
+
+    Returns:
+        None on the processes of `accelerate launch` that only help the main one to train and sample.
 
     Raises:
         MixedResultsError: The run folder or the store holds a study with other settings.
+        ConfigError: This machine cannot do what the settings ask for.
     """
     preset = config.load_preset()
     loaded = None
     if config.full_model.load is not None:
         loaded = load_model(config.full_model.load)
         preset = adopt_model(preset, loaded)
+    check_settings(config, preset)
     listener.stage("Data")
     worker = Worker(
         config.data,
@@ -150,22 +160,30 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult:
         behaviors=config.behaviors,
         features=config.features,
         mixed_precision=preset.train_config("retrain").mixed_precision,
+        runtime=config.runtime,
         n_threads=config.n_threads,
     )
-    claim_run_dir(config)  # only now: what is wrong in the settings must not be kept as the study's
+    leads = worker.trainer.processes.is_main
+    if leads:
+        claim_run_dir(config)  # only now: what is wrong in the settings must not be kept as the study's
     data, table = worker.data, worker.data.contributors
     listener.message(f"{data.n_examples:,} images of {table.n_contributors} contributors")
-    worker.behavior_definitions()  # loads every extractor: what is missing is found before hours of training
-    if worker.classifier_accuracy is not None:
-        listener.message(f"classifier: held-out accuracy {worker.classifier_accuracy:.1%}")
+    if leads:
+        worker.behavior_definitions()  # loads every extractor: what is missing is found before hours of training
+        if worker.classifier_accuracy is not None:
+            listener.message(f"classifier: held-out accuracy {worker.classifier_accuracy:.1%}")
     full, sparse = _train_and_prune(config, preset, worker, listener, loaded)
     sft = train_settings(preset, config.gd, "gd", config.opt_seed)
     retrain = train_settings(preset, config.retrained_model, "retrain", config.opt_seed)
-    sampling = preset.sampling
+    sampling = worker.compare_with(full, preset.sampling, config.local)
     value_functions = {
         "gd": worker.value_function(worker.fine_tuning(sparse, sft, use_ema=sampling.use_ema), sampling),
         "retrain": worker.value_function(worker.retraining(retrain, use_ema=sampling.use_ema), sampling),
     }
+    team = Team(worker.trainer.processes, value_functions, table.n_contributors)
+    if not leads:
+        team.follow()
+        return None
     settings = {
         "gd": worker.settings(sampling, train=sft, start=sparse.model_hash, use_ema=sampling.use_ema),
         "retrain": worker.settings(sampling, train=retrain, start=preset.unet.fingerprint(), use_ema=sampling.use_ema),
@@ -184,7 +202,7 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult:
 
         def measure(specs: list[EvaluationSpec]) -> list[int]:
             evaluation_ids = store.add(study_id, specs)
-            _evaluate(worker, store, study_id, evaluation_ids, value_functions, listener)
+            _evaluate(worker, store, study_id, evaluation_ids, team, listener)
             return evaluation_ids
 
         if config.fit.until_interval is not None:
@@ -200,13 +218,14 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult:
                     contributor_names=table.names,
                 )
 
-            names = tuple(worker.behavior_definitions())
+            names = tuple(worker.reported_behaviors())
             specs = measure_until_narrow(config.fit.until_interval, specs, names, measure, credit, listener)
         evaluation_ids = measure(specs)
+        team.dismiss()
         listener.stage("Attributions and LDS")
         results = [
             summarise_behavior(config, store, study_id, evaluation_ids, name, table.names)
-            for name in worker.behavior_definitions()
+            for name in worker.reported_behaviors()
         ]
         timings = median_seconds(store, study_id, evaluation_ids)
     models = {
@@ -221,8 +240,21 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult:
         timings=timings,
         models=models,
         classifier_accuracy=worker.classifier_accuracy,
-        provenance=provenance(str(worker.trainer.device)),
+        provenance=worker.provenance(),
     )
+
+
+def check_settings(config: StudyConfig, preset: Preset) -> None:
+    """Refuse a study that this machine cannot run, before anything is read.
+
+    Raises:
+        ConfigError: A batch, precision, optimizer or compiler that cannot be had; the message names the setting.
+    """
+    stages = {"full_model": "retrain", "sparse_model": "prune_fine_tune", "gd": "gd", "retrained_model": "retrain"}
+    for stage, method in stages.items():
+        train = train_settings(preset, getattr(config, stage), method, config.opt_seed)
+        check_training(train, runtime=config.runtime)
+    check_precision(preset.sampling.mixed_precision, None)
 
 
 def claim_run_dir(config: StudyConfig) -> None:
@@ -292,7 +324,8 @@ def _train_and_prune(
             on_log=report("training"),
         )
     listener.stage("Sparse model")
-    pruned, result = prune_model(worker, full, config.prune, _pruned_dir(config))
+    with worker.trainer.processes.main_first():
+        pruned, result = prune_model(worker, full, config.prune, _pruned_dir(config))
     summary = pruned.meta["pruning"] if result is None else result.summary()
     parameters, macs = summary["n_parameters"], summary["n_macs"]
     listener.message(
@@ -474,7 +507,7 @@ def _evaluate(
     store: Store,
     study_id: int,
     evaluation_ids: list[int],
-    value_functions: dict[str, ValueFunction],
+    team: Team,
     listener: Listener,
 ) -> None:
     """Measure every evaluation that is still to be measured."""
@@ -484,10 +517,15 @@ def _evaluate(
     if n_before:
         listener.message(f"{n_before} of {n_total} evaluations are done already")
     remaining = {
-        method: len(store.find(study_id, method=method, statuses=("pending", "running"), evaluation_ids=evaluation_ids))
-        for method in value_functions
+        method: sum(
+            store.counts(
+                study_id, method=method, statuses=("pending", "running"), evaluation_ids=evaluation_ids
+            ).values()
+        )
+        for method in team.value_functions
     }
-    spent: dict[str, list[float]] = {method: [] for method in value_functions}
+    spent: dict[str, list[float]] = {method: [] for method in team.value_functions}
+    reported = worker.reported_behaviors()
     titles = {
         "empty": "end points",
         "grand": "end points",
@@ -499,7 +537,7 @@ def _evaluate(
     def evaluate(claimed: ClaimedEvaluation) -> Evaluation:
         started = time.perf_counter()
         spec = claimed.spec
-        evaluation = value_functions[spec.method](np.array(spec.coalition_mask), opt_seed=spec.opt_seed)
+        evaluation = team.measure(spec.method, np.array(spec.coalition_mask), opt_seed=spec.opt_seed)
         if spec.coalition_mask.any():
             spent[spec.method].append(time.perf_counter() - started)
         return evaluation
@@ -509,7 +547,7 @@ def _evaluate(
         rates = {method: float(np.mean(values)) if values else 0.0 for method, values in spent.items()}
         fallback = max(rates.values())
         left = sum(count * (rates[method] or fallback) for method, count in remaining.items())
-        values = ", ".join(f"{name} {value:.3f}" for name, value in evaluation.behaviors.items())
+        values = ", ".join(f"{name} {evaluation.behaviors[name]:.3f}" for name in reported)
         title = titles[claimed.spec.role or "fit"]
         text = f"{title}: {values}; about {_duration(left)} left"
         listener.progress("coalitions", n_total - sum(remaining.values()), n_total, text)
@@ -517,7 +555,7 @@ def _evaluate(
     executor = SerialExecutor(
         evaluate,
         definitions=worker.behavior_definitions(),
-        provenance=provenance(str(worker.trainer.device)),
+        provenance=worker.provenance(),
         evaluation_ids=evaluation_ids,
     )
     executor.run(store, study_id, on_done=on_done)

@@ -20,7 +20,6 @@ from tribute.models.pipelines import is_foreign
 from tribute.models.pruning import PruningResult, prune_unet
 from tribute.seeding import numpy_stream, torch_stream
 from tribute.study.latents import LatentSpace
-from tribute.study.provenance import provenance
 from tribute.study.worker import Worker, check_images_fit, load_data_for
 from tribute.types import CoalitionMask
 from tribute.unlearning.as_is import mask_to_text
@@ -225,7 +224,7 @@ def checkpoint_meta(
         "contributor_names": list(worker.data.contributors.names),
         "coalition": mask_to_text(coalition_mask),
         "start": None if start is None else {"path": start.path.name, "hash": start.model_hash, **_origin(start)},
-        "provenance": provenance(str(worker.trainer.device)),
+        "provenance": worker.provenance(),
     }
 
 

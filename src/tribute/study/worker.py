@@ -10,15 +10,20 @@ import torch
 
 from tribute.behaviors.base import ModelBehavior, Reference
 from tribute.behaviors.features import FeatureExtractor
-from tribute.config import DataConfig, FeatureConfig, Preset, SampleConfig, TrainConfig
+from tribute.behaviors.local import split_local
+from tribute.config import DataConfig, FeatureConfig, LocalConfig, Preset, RuntimeConfig, SampleConfig, TrainConfig
 from tribute.data.sources import default_cache_dir, load_training_data
 from tribute.data.tensors import TrainingData
 from tribute.diffusion.examples import PixelExamples
+from tribute.diffusion.sample import check_guidance
 from tribute.diffusion.train import CheckpointPolicy, Trainer
-from tribute.errors import DataError
+from tribute.errors import ConfigError, DataError
+from tribute.games.coalitions import grand_coalition
 from tribute.models.checkpoint import Checkpoint
 from tribute.study.latents import LatentSpace
+from tribute.study.local import FullModelComparison
 from tribute.study.measurement import Measurement
+from tribute.study.provenance import provenance
 from tribute.study.value_function import ValueFunction
 from tribute.types import Images
 from tribute.unlearning.as_is import AsIs
@@ -34,9 +39,10 @@ class Worker:
         source: Where the training set comes from.
         preset: Recipe of the dataset.
         data: The training set; None loads `source`.
-        behaviors: Names of the behaviors to measure.
+        behaviors: Names of the behaviors to measure; local ones need `compare_with` before the first evaluation.
         features: Networks through which they see images, and where their weights are; None: the defaults.
         mixed_precision: `no`, `fp16` or `bf16`.
+        runtime: How networks compute.
         device: Where to train; None lets Accelerate choose.
         n_threads: Threads of this process; None leaves PyTorch's choice.
         cache_dir: Where the classifier, latents and features of real images are kept.
@@ -54,6 +60,7 @@ class Worker:
         behaviors: Sequence[str] = (),
         features: FeatureConfig | None = None,
         mixed_precision: str = "no",
+        runtime: RuntimeConfig | None = None,
         device: str | None = None,
         n_threads: int | None = None,
         cache_dir: Path | None = None,
@@ -65,14 +72,19 @@ class Worker:
             torch.set_num_threads(n_threads)
         data = data or load_data_for(preset, source)
         check_images_fit(preset, data)
+        everyone = grand_coalition(data.contributors.n_contributors)
+        check_guidance(preset.unet.num_class_embeds, data.label_counts(everyone), preset.sampling.guidance_scale)
         self.source = source
         self.data = data
         self.preset = preset
+        self.local_names, behaviors = split_local(behaviors)
+        self.local: FullModelComparison | None = None
         self.cache_dir = cache_dir or default_cache_dir()
         self.trainer = Trainer(
             PixelExamples(data.images, data.labels, len(data.label_names)),
             preset.noise_schedule,
             mixed_precision=mixed_precision,
+            runtime=runtime,
             device=device,
             log_with=log_with,
             project_dir=project_dir,
@@ -118,17 +130,69 @@ class Worker:
 
     def behavior_definitions(self) -> dict[str, dict[str, Any]]:
         """Unit, direction and variant of every behavior, to be stored with its values."""
-        return self.measurement.definitions()
+        definitions = self.measurement.definitions()
+        return definitions if self.local is None else definitions | self.local.definitions()
+
+    def reported_behaviors(self) -> list[str]:
+        """Names of the behaviors that are fitted and printed: all but the single images that only `local` brings."""
+        local = [] if self.local is None else self.local.reported_names()
+        return [*(behavior.name for behavior in self.behaviors), *local]
+
+    def compare_with(self, full: Checkpoint, sampling: SampleConfig, config: LocalConfig) -> SampleConfig:
+        """Measure local behaviors, where any are asked for, by comparing with this model from now on.
+
+        Args:
+            full: Trained on everybody.
+            sampling: How images are generated; `use_ema` says which weights of `full` count.
+            config: How many images and noises.
+
+        Returns:
+            `sampling`; with no more images than are compared where no behavior describes all images together.
+
+        Raises:
+            MixedResultsError: `full` has another noise schedule, or was trained on other data or on a part of it.
+        """
+        if not self.local_names:
+            return sampling
+        everybody = grand_coalition(self.data.contributors.n_contributors)
+        if not self.behaviors:
+            sampling = sampling.replace(n_samples=config.n_samples)
+        self.local = FullModelComparison(
+            full,
+            self.local_names,
+            sampling,
+            self.trainer.noise_schedule_config,
+            config,
+            data_fingerprint=self.data.fingerprint,
+            label_counts=self.data.label_counts(everybody),
+            device=self.trainer.device,
+            decode=None if self.latent_space is None else self.latent_space.decode,
+        )
+        return sampling
 
     def value_function(self, method: UnlearningMethod, sampling: SampleConfig) -> ValueFunction:
-        """v(S) with this worker's behaviors."""
+        """v(S) with this worker's behaviors.
+
+        Raises:
+            ConfigError: Local behaviors are asked for, and there is no model to compare with.
+        """
+        if self.local_names and self.local is None:
+            raise ConfigError(
+                f"{', '.join(self.local_names)}: local behaviors compare with the full model, and none was given; "
+                "call compare_with first"
+            )
+        if self.local is not None and sampling != self.local.sampling:
+            raise ConfigError("images must be generated as compare_with was told; give the settings that it returned")
         return ValueFunction(
             method,
             sampling,
             self.preset.noise_schedule,
             self.measure,
+            measure_model=None if self.local is None else self.local.measure,
             label_counts=self.data.label_counts,
             decode=None if self.latent_space is None else self.latent_space.decode,
+            runtime=self.trainer.runtime,
+            processes=self.trainer.processes,
         )
 
     def fine_tuning(
@@ -152,6 +216,14 @@ class Worker:
         """The method `retrain` for a model that was trained beforehand."""
         return AsIs(checkpoint, use_ema=use_ema, device=str(self.trainer.device))
 
+    def provenance(self) -> dict[str, Any]:
+        """Where results of this worker come from: versions, commit, device, and how networks compute."""
+        return {
+            **provenance(str(self.trainer.device)),
+            "n_processes": self.trainer.processes.n,
+            "runtime": self.trainer.runtime.model_dump(mode="json"),
+        }
+
     def settings(
         self, sampling: SampleConfig, *, train: TrainConfig | None, start: str, use_ema: bool = True
     ) -> dict[str, Any]:
@@ -170,13 +242,19 @@ class Worker:
             "sampling": sampling.model_dump(mode="json", exclude={"batch_size", "use_ema"}),
             "use_ema": use_ema,
             "noise_schedule": self.preset.noise_schedule.model_dump(mode="json"),
-            "behaviors": {name: item["variant"] for name, item in self.behavior_definitions().items()},
+            "behaviors": self._behaviors_identity(),
             **self.codec_identity(),
         }
 
     def codec_identity(self) -> dict[str, str]:
         """The codec's fingerprint, where there is a codec: part of the identity of models and evaluations."""
         return {} if self.latent_space is None else {"codec": self.latent_space.fingerprint}
+
+    def _behaviors_identity(self) -> dict[str, Any]:
+        """What makes behaviors comparable; the hundreds of local ones in a few words."""
+        local = {} if self.local is None else self.local.definitions()
+        variants = {name: item["variant"] for name, item in self.behavior_definitions().items() if name not in local}
+        return variants if self.local is None else variants | {"local": self.local.settings()}
 
 
 def load_data_for(preset: Preset, source: DataConfig) -> TrainingData:
@@ -199,6 +277,7 @@ def check_images_fit(preset: Preset, data: TrainingData) -> None:
     expected = (preset.image_size, preset.image_size, preset.image_channels)
     if (height, width, n_channels) != expected:
         raise DataError(
-            f"the preset expects images of {expected[0]}x{expected[1]} pixels and {expected[2]} channels; "
-            f"found {height}x{width} and {n_channels}. Choose another --preset, --image_size or --dataset"
+            f"the preset, or the model that was loaded, expects images of {expected[0]}x{expected[1]} pixels and "
+            f"{expected[2]} channels; "
+            f"found {height}x{width} and {n_channels}. Choose another --preset, --load, --image_size or --dataset"
         )

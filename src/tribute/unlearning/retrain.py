@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tribute.config import TrainConfig, UNetConfig
 from tribute.data.contributors import ContributorTable
 from tribute.diffusion.train import Trainer
@@ -9,9 +11,14 @@ from tribute.models.build import build_unet
 from tribute.types import CoalitionMask
 from tribute.unlearning.base import CoalitionModel
 
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
 
 class Retraining:
-    """Trains a new network for each coalition.
+    """Trains a network from new random weights for each coalition.
+
+    They are put into one network, so that what was compiled for it serves every coalition.
 
     Args:
         trainer: Holds the training images.
@@ -37,10 +44,11 @@ class Retraining:
         self.unet = unet
         self.config = config
         self.use_ema = use_ema
+        self._model: UNet2DModel | None = None
 
     def obtain(self, coalition_mask: CoalitionMask, *, opt_seed: int) -> CoalitionModel:
         """A model trained from random weights for `config.n_steps` updates."""
-        model = build_unet(self.unet, opt_seed=opt_seed, device=self.trainer.device)
+        model = self._untrained(opt_seed)
         if not coalition_mask.any():
             return CoalitionModel(model.eval(), 0, 0.0)
         result = self.trainer.train(
@@ -49,3 +57,12 @@ class Retraining:
         if self.use_ema:
             model.load_state_dict(result.ema)
         return CoalitionModel(model.eval(), result.n_steps, result.seconds)
+
+    def _untrained(self, opt_seed: int) -> UNet2DModel:
+        """The network with the random weights of a seed."""
+        fresh = build_unet(self.unet, opt_seed=opt_seed, device=self.trainer.device)
+        if self._model is None:
+            self._model = fresh
+        else:
+            self._model.load_state_dict(fresh.state_dict())
+        return self._model
