@@ -96,6 +96,7 @@ def test_the_codec_can_be_elsewhere_but_not_another(
     assert "another codec" in said and "--codec" in said
     assert "another codec" in refused("prune", f"--load {full} --codec other", capsys)
     assert "nothing there" in refused("unlearn", f"{measure} --codec ./missing", capsys)
+    assert "main.py" in refused("unlearn", f"{measure} --precompute_stage save", capsys)
 
 
 def test_codec_flags_are_for_latent_presets(workshop: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,7 +83,6 @@ class LatentSpace:
             return find_latents(self.folder, self._source(self._known_codec()))
         shape = self.files.stored_shape(self.data.image_shape[0])
         source = self._source(self._describe(self.files))
-        logger.info("latents of %d images with the codec %s", self.data.n_examples, self.files.folder)
         return encode_or_open(self.folder, source, self.data.images, self._encode, shape, on_block=self.on_block)
 
     @property
@@ -116,6 +115,8 @@ class LatentSpace:
         return self.cache.source["codec"]["kind"] == "AutoencoderKL"
 
     def _encode(self, images: Images) -> Latents:
+        if "_loaded" not in self.__dict__:
+            logger.info("encoding %d images once, with %s", self.data.n_examples, self.files.folder)
         return self._loaded.encode(from_uint8(images)).numpy()
 
     @cached_property
