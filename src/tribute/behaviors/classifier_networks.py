@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from tribute.data.tensors import release_pages
 from tribute.types import Images
 
 if TYPE_CHECKING:
@@ -190,6 +191,7 @@ class Architecture:
         import torch
 
         pixels = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float()
+        release_pages(images)
         mean, sd = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (self.pixel_mean, self.pixel_sd))
         return (pixels - mean) / sd
 

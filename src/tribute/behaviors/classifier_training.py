@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tribute.behaviors.classifier_networks import Architecture, ClassifierRecipe, forward
+from tribute.data.tensors import gather
 from tribute.seeding import numpy_stream, stream_seed, torch_stream
 from tribute.types import Images
 
@@ -60,7 +61,7 @@ def train_classifier(
         if batch_idx == 0:
             order = numpy_stream(seed, "behaviors/classifier/order", epoch).permutation(train_rows)
         rows = np.sort(order[batch_idx * batch_size : (batch_idx + 1) * batch_size])
-        pixels = augment(architecture.pixels(images[rows], device), seed, step)
+        pixels = augment(architecture.pixels(gather(images, rows), device), seed, step)
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * min(
             (step + 1) / n_warm_up, (n_steps - step) / (n_steps - n_warm_up + 1)
         )
@@ -75,7 +76,7 @@ def train_classifier(
 
     network.eval()
     held_rows = np.flatnonzero(held_out)
-    _, probabilities = forward(network, architecture, images[held_rows], device)
+    _, probabilities = forward(network, architecture, gather(images, held_rows), device)
     accuracy = float((probabilities.argmax(axis=1) == labels[held_rows]).mean())
     _log.info(
         "Classifier trained in %d steps, %.0f s: accuracy %.4f on %d held out",
@@ -153,7 +154,7 @@ def _whiten(
     convolution = cast("nn.Conv2d", layers[first])
     drawn = numpy_stream(seed, "behaviors/classifier/whitening").permutation(rows)[:_N_WHITENING_IMAGES]
     with torch.no_grad():
-        pixels = architecture.pixels(images[np.sort(drawn)], "cpu").double()
+        pixels = architecture.pixels(gather(images, np.sort(drawn)), "cpu").double()
         for layer in layers[:first]:
             pixels = layer(pixels)
         patches = pixels.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
@@ -179,8 +180,9 @@ def pixel_moments(images: Images, rows: npt.NDArray[np.intp]) -> tuple[tuple[flo
     """Mean and standard deviation of each channel over `rows`, read in blocks."""
     counts = np.zeros((images.shape[3], 256), np.int64)
     for block in np.array_split(rows, len(rows) // 1024 + 1):
+        pixels = gather(images, block)
         for channel in range(images.shape[3]):
-            counts[channel] += np.bincount(images[block, :, :, channel].ravel(), minlength=256)
+            counts[channel] += np.bincount(pixels[..., channel].ravel(), minlength=256)
     shares = counts / counts.sum(axis=1, keepdims=True)
     mean = shares @ np.arange(256.0)
     variance = (shares * (np.arange(256.0) - mean[:, None]) ** 2).sum(axis=1)

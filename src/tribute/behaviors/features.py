@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tribute.data.tensors import release_pages
 from tribute.errors import BehaviorError
 from tribute.types import Images
 
@@ -103,6 +104,7 @@ def content_hash(*parts: npt.NDArray[Any] | str) -> str:
         n_rows = max(1, 2**24 * len(rows) // max(1, rows.nbytes))
         for start in range(0, len(rows), n_rows):
             digest.update(np.ascontiguousarray(rows[start : start + n_rows]).data)
+            release_pages(rows)
     return digest.hexdigest()
 
 

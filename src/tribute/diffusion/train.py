@@ -515,8 +515,12 @@ def _resume(
         **dict(policy.meta.get("identity", {})),
         "train": config.model_dump(mode="json", exclude=may_differ),
     }
-    saved_train = {key: value for key, value in found.meta["train"].items() if key not in may_differ}
-    saved = {**dict(found.meta.get("identity", {})), "train": saved_train}
+    # Read through the model: a checkpoint of an earlier version lacks settings that came since, with their defaults.
+    saved_train = TrainConfig.parse(found.meta["train"], where=str(found.path))
+    saved = {
+        **dict(found.meta.get("identity", {})),
+        "train": saved_train.model_dump(mode="json", exclude=may_differ),
+    }
     differing = _differences(saved, identity)
     if differing:
         raise MixedResultsError(

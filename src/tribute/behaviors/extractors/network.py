@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tribute.behaviors.features import Features, check_images
+from tribute.data.tensors import release_pages
 from tribute.errors import BehaviorError
 from tribute.types import Images
 
@@ -55,6 +56,7 @@ class NetworkExtractor:
         with torch.inference_mode():
             for start in range(0, len(images), step):
                 batch = torch.from_numpy(np.array(images[start : start + step])).to(self.device)
+                release_pages(images)
                 pixels = batch.permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()  # (b, 3, h, w)
                 embedded, classes = self.forward(pixels)
                 embeddings.append(embedded.float().cpu().numpy())
