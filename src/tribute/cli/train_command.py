@@ -59,8 +59,7 @@ def run(argv: Sequence[str], prog: str) -> None:
         raise ConfigError(f"--method: expected one of {', '.join(TRAIN_METHODS)}; found {arguments.method!r}")
     if arguments.method != "prune_fine_tune":
         check_method(arguments.method)
-    if arguments.precompute_stage != "save":  # which trains nothing
-        prune = prune_settings(arguments)
+    prune = prune_settings(arguments)
     start_path = find_start(arguments, prune)
     start = None if start_path is None or (arguments.dry_run and not start_path.exists()) else load_model(start_path)
     source = arguments.source(None if start is None else start.meta.get("source"))
