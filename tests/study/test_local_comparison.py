@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SilentListener
+from tiny_study import SilentListener
 
 from tribute.config import LocalConfig, NoiseScheduleConfig, SampleConfig, StudyConfig, UNetConfig
 from tribute.diffusion.sample import from_uint8, sample_images, to_uint8

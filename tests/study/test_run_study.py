@@ -9,7 +9,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from conftest import SilentListener
+from tiny_study import SilentListener
 
 from tribute.config import FitCoalitionsConfig, StudyConfig
 from tribute.errors import BehaviorError, ConfigError, FitError, MixedResultsError

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TINY_PRESET, SilentListener
 from safetensors.torch import load_file, save_file
+from tiny_study import TINY_PRESET, SilentListener
 
 from tribute.config import StudyConfig
 from tribute.errors import ConfigError, MixedResultsError
