@@ -80,7 +80,8 @@ def network(name: str, batch_size: int) -> tuple[Preset, TrainConfig, Images]:
     from sklearn.datasets import load_digits
 
     preset = load_preset(NETWORKS[name])
-    scans = np.round(load_digits().images * 255 / 16).astype(np.uint8)[:512, :, :, None]
+    flat = np.asarray(load_digits(return_X_y=True)[0])
+    scans = np.round(flat.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8)[:512, :, :, None]
     enlarged = scans.repeat(preset.unet.sample_size // 8, 1).repeat(preset.unet.sample_size // 8, 2)
     images = np.ascontiguousarray(enlarged.repeat(preset.unet.in_channels, 3))
     return preset, preset.train_config("retrain", batch_size=batch_size), images
