@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CODE := src tests benchmarks $(wildcard *.py)
+CODE := src tests benchmarks examples $(wildcard *.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test bench lint format types clean
