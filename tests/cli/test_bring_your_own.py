@@ -81,7 +81,7 @@ def test_wrong_models_are_named(write_pipeline: WritePipeline, capsys: pytest.Ca
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
-    [({"sample_size": 16}, ["16x16", "8x8"]), ({"in_channels": 3, "out_channels": 3}, ["3 channels", "and 1"])],
+    [({"sample_size": 16}, ["16x16", "8x8"]), ({"in_channels": 3, "out_channels": 3}, ["1 channel", "8x8 and 3"])],
 )
 def test_images_must_be_those_of_the_model(
     changes: dict[str, int], expected: list[str], write_pipeline: WritePipeline, capsys: pytest.CaptureFixture[str]
