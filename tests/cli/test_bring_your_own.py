@@ -17,7 +17,7 @@ from tribute.store.records import Store
 WritePipeline = Callable[..., Path]
 SPARSE = "results/digits/prune_fine_tune/models/pruner=magnitude_pruning_ratio=0.3_threshold=0.05/full"
 FULL = "results/digits/retrain/models/full"
-MEASURE = "--db results.db --n_samples 8 --num_inference_steps 2 --model_behavior ink:brightness"
+MEASURE = "--db results.db --n_samples 8 --num_inference_steps 2 --model_behavior brought_ink:brightness"
 
 
 def tribute(command: str, flags: str) -> None:
@@ -36,7 +36,7 @@ def fails(command: str, flags: str, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.fixture(autouse=True)
 def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a behavior that needs no classifier."""
-    (tmp_path / "ink.py").write_text("def brightness(images):\n    return float(images.mean())\n")
+    (tmp_path / "brought_ink.py").write_text("def brightness(images):\n    return float(images.mean())\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
@@ -67,7 +67,7 @@ def test_a_class_conditional_model_goes_the_same_way(write_pipeline: WritePipeli
     tribute("unlearn", f"{unlearn} --exp_name plain")
     with Store.open("results.db", create=False) as store:
         guided, plain = store.find(statuses=("finished",))
-        assert guided.behaviors["ink:brightness"] != plain.behaviors["ink:brightness"]
+        assert guided.behaviors["brought_ink:brightness"] != plain.behaviors["brought_ink:brightness"]
         assert dict(guided.spec.settings)["sampling"]["guidance_scale"] == 2.0
 
 

@@ -278,7 +278,7 @@ def test_export_and_import_give_the_same_store_again(capsys: pytest.CaptureFixtu
         ("train", "--dataset digits --method retrain --n_stepps 4", ["--n_stepps"]),
         ("train", "--dataset digits --method retrain --precompute_stage save", ["--precompute_stage"]),
         ("train", "--dataset digits --method retrain --mixed_precision fp16 --n_steps 1", ["fp16", "GPU"]),
-        ("train", "--dataset digits --method retrain --preset mnist", ["--preset", "cifar-small"]),
+        ("train", "--dataset digits --method retrain --preset imagenet", ["--preset", "cifar-small"]),
         ("train", "--dataset digits --method retrain --preset cifar --n_steps 1", ["32x32", "8x8"]),
         ("train", "--dataset cifar --method retrain", ["data_dir"]),
         ("train", "--dataset digits --method retrain --removal_dist empty --n_steps 1", ["empty"]),
