@@ -24,6 +24,7 @@ _log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_REPORTS = 20.0
 _N_WHITENING_IMAGES = 5_000
+_BIAS_STEP = 64
 
 
 def train_classifier(
@@ -47,9 +48,7 @@ def train_classifier(
         _whiten(network, architecture, images, train_rows, seed)
         _pass_through(network)
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    betas = (0.9, recipe.beta2)
-    optimizer = torch.optim.AdamW(trained, recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)
+    optimizer = _build_optimizer(network, recipe)
 
     n_steps, batch_size = recipe.n_steps(len(train_rows)), min(recipe.batch_size, len(train_rows))
     n_batches, n_warm_up = len(train_rows) // batch_size, max(1, n_steps // 5)
@@ -62,9 +61,8 @@ def train_classifier(
             order = numpy_stream(seed, "behaviors/classifier/order", epoch).permutation(train_rows)
         rows = np.sort(order[batch_idx * batch_size : (batch_idx + 1) * batch_size])
         pixels = augment(architecture.pixels(gather(images, rows), device), seed, step)
-        optimizer.param_groups[0]["lr"] = recipe.learning_rate * min(
-            (step + 1) / n_warm_up, (n_steps - step) / (n_steps - n_warm_up + 1)
-        )
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * min((step + 1) / n_warm_up, (n_steps - step) / (n_steps - n_warm_up + 1))
         with half:
             logits = network["head"](network["trunk"](pixels))
         targets = torch.from_numpy(labels[rows]).to(device)
@@ -85,6 +83,33 @@ def train_classifier(
     _warn_if_poor(accuracy, n_classes)
     weights = {name: value.detach().cpu().contiguous().numpy() for name, value in network.state_dict().items()}
     return architecture, weights, {"held_out_accuracy": accuracy, "n_held_out": len(held_rows)}
+
+
+def _build_optimizer(network: nn.ModuleDict, recipe: ClassifierRecipe) -> torch.optim.Optimizer:
+    """AdamW, or stochastic gradient descent with large steps for the biases of normalisation, whose scale is fixed.
+
+    References:
+        Jordan (2024), "94% on CIFAR-10 in 3.29 seconds on a single GPU", section 3.4, for the step of the biases.
+    """
+    import torch
+    from torch import nn
+
+    def group(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> dict[str, Any]:
+        return {"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": weight_decay}
+
+    lr, decay = recipe.learning_rate, recipe.weight_decay
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if not recipe.momentum:
+        return torch.optim.AdamW([group(trained, lr, decay)], betas=(0.9, recipe.beta2))
+    biases = []
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.weight.requires_grad_(False)
+            biases.append(layer.bias)
+    known = {id(bias) for bias in biases}
+    others = [parameter for parameter in trained if parameter.requires_grad and id(parameter) not in known]
+    groups = [group(biases, _BIAS_STEP * lr, decay / _BIAS_STEP), group(others, lr, decay)]
+    return torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=True)
 
 
 def _pass_through(network: nn.ModuleDict) -> None:
