@@ -67,7 +67,12 @@ def list_parquet(request: Request) -> Listing:
         import pyarrow as pa
 
         read = [shard.file.read(columns=[name]).column(0) for shard in shards]
-        return pa.chunked_array([chunk for part in read for chunk in part.chunks], type=read[0].type)
+        values = pa.chunked_array([chunk for part in read for chunk in part.chunks], type=read[0].type)
+        try:
+            values.validate(full=True)
+        except pa.ArrowInvalid as error:  # text that is not UTF-8
+            raise DataError(f"--data_dir {request.data_dir}: column {name!r}: cannot be read ({error})") from error
+        return values
 
     def read_images(rows: Rows) -> Iterator[Encoded]:
         for shard in shards:
@@ -107,7 +112,7 @@ def find_parquet_files(request: Request) -> list[Path]:
 
 def class_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
     """Names of the classes of every column that holds their numbers, from the metadata that `datasets` writes."""
-    with suppress(KeyError, ValueError, TypeError, AttributeError):
+    with suppress(KeyError, ValueError, TypeError, AttributeError, RecursionError):
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {
             name: tuple(str(item) for item in feature["names"])
@@ -143,7 +148,7 @@ def _open_shards(paths: Sequence[Path], request: Request) -> list[_Shard]:
             raise DataError(f"{path}: expected a Parquet file, found one that cannot be read ({error})") from error
         if not file.metadata.num_rows:
             raise DataError(f"{path}: expected images, found no rows")
-        image_column = find_column(path, "image", request.image_columns, schema.names, flag="--image_column")
+        image_column = find_column(path, "image", request.image_columns, schema.names, remedy="name another with --image_column")
         check_image_type(path, image_column, schema.field(image_column).type)
         shards.append(_Shard(path, file, image_column, n_rows))
         n_rows += file.metadata.num_rows
