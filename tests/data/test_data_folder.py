@@ -336,6 +336,17 @@ def test_check_counts_and_names_everything(folder: Path) -> None:
     assert report.n_per_format == {"PNG RGB": 6}
 
 
+def test_memory_follows_the_largest_image_and_the_processes(folder: Path) -> None:
+    def needed(n_workers: int) -> int:
+        request = DataRequest("folder", data_dir=folder, cache_dir=folder.parent, image_size=8, n_workers=n_workers)
+        return check_data(request).memory_bytes
+
+    before = needed(1), needed(3)
+    (folder / "b" / "7.png").write_bytes(png(np.zeros((2_000, 1_000, 3), np.uint8)))
+    n_more = 2_000 * 1_000 - 64
+    assert (needed(1) - before[0], needed(3) - before[1]) == (16 * n_more, 48 * n_more)
+
+
 @pytest.mark.parametrize("content", [b"broken", png(np.zeros((10_000, 9_000), np.uint8))], ids=["broken", "bomb"])
 def test_a_folder_without_a_readable_image_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes

@@ -47,7 +47,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     """A table whose first column is text and whose others are numbers; cells are plain text, never markup."""
     table = Table()
     for i, name in enumerate(columns):
-        table.add_column(escape(printable(name)), justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="ellipsis")
+        table.add_column(
+            escape(printable(name)), justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="ellipsis"
+        )
     for row in rows:
         table.add_row(*(escape(printable(cell)) for cell in row))
     print_line(title)  # not the table's own title, which wraps at the width of a narrow table

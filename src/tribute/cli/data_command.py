@@ -72,10 +72,7 @@ def print_report(report: Report, *, n_shown: int) -> None:
     print_table(
         f"{report.n_examples:,} images, {len(report.n_per_contributor):,} contributors",
         ["contributor", "images", "share"],
-        [
-            [name, f"{count:,}", f"{count / max(1, n_readable):.1%}"]
-            for name, count in report.n_per_contributor.items()
-        ],
+        [[name, f"{count:,}", f"{count / max(1, n_readable):.1%}"] for name, count in report.n_per_contributor.items()],
     )
     print_line("formats: " + ", ".join(f"{name} {count:,}" for name, count in report.n_per_format.items()))
     sizes = ", ".join(f"{name} {width}x{height}" for name, (width, height) in report.sizes.items())

@@ -101,7 +101,13 @@ def read_owners(listing: Listing, column_name: str, rows: npt.NDArray[np.int64])
         DataError: The column is absent; the message lists those found.
     """
     found = listing.column_names
-    name = find_column("contributors", "contributor of each image", (column_name,), found, remedy="name another with --contributor_column")
+    name = find_column(
+        "contributors",
+        "contributor of each image",
+        (column_name,),
+        found,
+        remedy="name another with --contributor_column",
+    )
     values = listing.column(name).take(rows).to_pylist()
     class_names = listing.class_names.get(name)
     if class_names:
@@ -207,7 +213,9 @@ def select_classes(
     are_numbers = all(_is_number(name) for name in label_names)
     name_of = {int(name) if are_numbers else i: name for i, name in enumerate(label_names)}
     if max(classes) > max(name_of):
-        raise DataError(f"expected at least {max(classes) + 1} classes, found {max(name_of) + 1}; is it another dataset?")
+        raise DataError(
+            f"expected at least {max(classes) + 1} classes, found {max(name_of) + 1}; is it another dataset?"
+        )
     place_of = {number: i for i, number in enumerate(classes)}
     new_label = np.array([place_of.get(number, -1) for number in name_of], dtype=np.int64)
     rows = np.flatnonzero(new_label[labels] >= 0)

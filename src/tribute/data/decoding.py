@@ -35,8 +35,8 @@ RULE_VERSION = 1
 MAX_PIXELS = 89_478_485
 """Images of more pixels are refused: the limit from which Pillow warns of a decompression bomb, 256 MiB as RGB."""
 
-# Pillow knows more, but the files are untrusted: EPS is a program that Ghostscript would run, WMF needs Windows, others are
-# stubs or rarely tested decoders. TGA comes last, since it has no signature: any bytes might be one.
+# Pillow knows more, but the files are untrusted: EPS is a program that Ghostscript would run, WMF needs Windows, others
+# are stubs or decoders that hardly anybody uses. TGA comes last: without a signature, any bytes might be one.
 FORMATS = (
     *("PNG", "JPEG", "MPO", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "PPM", "JPEG2000", "ICO", "PCX", "QOI", "SGI"),
     "TGA",

@@ -54,7 +54,9 @@ def list_folder(request: Request) -> Listing:
 def _list_table(path: Path, request: Request) -> Listing:
     """The rows of a table."""
     table = read_table(path)
-    file_column = find_column(path, "file of each image", request.file_columns, table.column_names, remedy="rename the column")
+    file_column = find_column(
+        path, "file of each image", request.file_columns, table.column_names, remedy="rename the column"
+    )
     folder = DatasetFolder(path.parent)
     names: list[str] = []
     files: list[Path | DataError] = []
@@ -177,7 +179,9 @@ def read_table(path: Path) -> pa.Table:
         *(pyarrow.lib.ArrowException, OSError, ValueError, TypeError, csv.Error),
         *(OverflowError, RecursionError),
     ) as error:
-        raise DataError(f"{path}: cannot be read as {path.suffix.removeprefix('.')} ({printable(str(error))})") from error
+        raise DataError(
+            f"{path}: cannot be read as {path.suffix.removeprefix('.')} ({printable(str(error))})"
+        ) from error
     if not len(table):
         raise DataError(f"{path}: expected a row for each image, found none")
     return table

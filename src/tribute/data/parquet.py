@@ -148,7 +148,9 @@ def _open_shards(paths: Sequence[Path], request: Request) -> list[_Shard]:
             raise DataError(f"{path}: expected a Parquet file, found one that cannot be read ({error})") from error
         if not file.metadata.num_rows:
             raise DataError(f"{path}: expected images, found no rows")
-        image_column = find_column(path, "image", request.image_columns, schema.names, remedy="name another with --image_column")
+        image_column = find_column(
+            path, "image", request.image_columns, schema.names, remedy="name another with --image_column"
+        )
         check_image_type(path, image_column, schema.field(image_column).type)
         shards.append(_Shard(path, file, image_column, n_rows))
         n_rows += file.metadata.num_rows
