@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from tribute.data.decoding import ImageRule, decode_image
 from tribute.data.examination import examine_image
@@ -147,6 +147,19 @@ def test_usual_formats_are_read_and_their_damage_is_named(kind: str) -> None:
             examine_image(spoilt)
         except DataError as error:
             assert "cannot be decoded" in str(error)
+
+
+def test_a_damaged_avif_is_named() -> None:
+    if not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    content = bytearray(encoded(Image.fromarray(np.kron(PIXELS, np.ones((8, 8, 1), np.uint8))), "AVIF"))
+    start = content.find(b"mdat") + 8
+    content[start : start + 100] = b"\xff" * 100
+    with pytest.raises(RuntimeError), Image.open(io.BytesIO(content)) as image:
+        image.load()
+    for read in (examine_image, lambda content: decode_image(content, RULE)):
+        with pytest.raises(DataError, match="cannot be decoded"):
+            read(bytes(content))
 
 
 def test_a_bomb_is_refused_before_a_pixel_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,8 +270,11 @@ def test_text_that_is_not_utf8_and_nested_metadata_are_answered(tmp_path: Path) 
     table = pa.table({"img": [{"bytes": PNGS[0]}], "label": [0]})
     spoilt = pa.array([b"\xff"]).cast(pa.binary()).view(pa.string())
     pq.write_table(table.append_column("owner", spoilt), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="column 'owner': cannot be read"):
+    with pytest.raises(DataError, match="column 'owner': expected text in UTF-8"):
         load(tmp_path, tmp_path / "a.parquet", contributor_column="owner")
+    pq.write_table(table.drop_columns("img").append_column("img", spoilt), tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=r"c\.parquet: expected text in UTF-8"):
+        load(tmp_path, tmp_path / "c.parquet")
     pq.write_table(table.replace_schema_metadata({"huggingface": "[" * 100_000}), tmp_path / "b.parquet")
     assert load(tmp_path, tmp_path / "b.parquet").label_names == ("0",)
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tribute.data.contributors import ContributorTable
-from tribute.data.listing import Listing, find_column
+from tribute.data.listing import Listing, find_column, python_values
 from tribute.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def read_labels(listing: Listing, column_name: str) -> tuple[npt.NDArray[np.int6
     if not pa.types.is_integer(column.type):
         if not _is_text(column.type):
             raise DataError(f"column {column_name!r}: expected classes as integers or text, found {column.type}")
-        values = [_text(value, listing, row, column_name) for row, value in enumerate(column.to_pylist())]
+        texts = python_values(column, f"column {column_name!r}")
+        values = [_text(value, listing, row, column_name) for row, value in enumerate(texts)]
         names = _in_order(values)
         idx_of = {name: idx for idx, name in enumerate(names)}
         return np.array([idx_of[value] for value in values], dtype=np.int64), names
@@ -108,7 +109,7 @@ def read_owners(listing: Listing, column_name: str, rows: npt.NDArray[np.int64])
         found,
         remedy="name another with --contributor_column",
     )
-    values = listing.column(name).take(rows).to_pylist()
+    values = python_values(listing.column(name).take(rows), f"column {name!r}")
     class_names = listing.class_names.get(name)
     if class_names:
         values = [class_names[v] if isinstance(v, int) and 0 <= v < len(class_names) else None for v in values]

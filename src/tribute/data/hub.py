@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tribute.data.image_workers import Encoded
-from tribute.data.listing import Listing, Request, Rows, find_column
+from tribute.data.listing import Listing, Request, Rows, find_column, python_values
 from tribute.data.parquet import check_image_type
 from tribute.errors import DataError
 
@@ -47,7 +47,7 @@ def list_hub(hub_id: str, request: Request, *, dataset: str) -> Listing:
         column = table.column(image_column)
         for start in range(0, len(wanted), READ_BATCH):
             batch = wanted[start : start + READ_BATCH]
-            for value in column.take(batch).to_pylist():
+            for value in python_values(column.take(batch), where):
                 content = value.get("bytes") if isinstance(value, dict) else value
                 if isinstance(content, bytes):
                     yield content

@@ -76,6 +76,18 @@ class Listing:
     n_ignored: int = 0
 
 
+def python_values(column: pa.Array | pa.ChunkedArray, where: object) -> list[Any]:
+    """The values of a column.
+
+    Raises:
+        DataError: A text in it is not UTF-8; nobody checks that when a file is read.
+    """
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: expected text in UTF-8, found other bytes ({error}); write it anew") from error
+
+
 def find_column(where: object, meaning: str, candidates: Sequence[str], found: Sequence[str], *, remedy: str) -> str:
     """The first candidate among the columns found.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tribute.data.image_workers import Encoded
-from tribute.data.listing import Listing, Request, Rows, find_column
+from tribute.data.listing import Listing, Request, Rows, find_column, python_values
 from tribute.data.local_files import DatasetFolder, read_encoded
 from tribute.errors import DataError
 
@@ -67,12 +67,7 @@ def list_parquet(request: Request) -> Listing:
         import pyarrow as pa
 
         read = [shard.file.read(columns=[name]).column(0) for shard in shards]
-        values = pa.chunked_array([chunk for part in read for chunk in part.chunks], type=read[0].type)
-        try:
-            values.validate(full=True)
-        except pa.ArrowInvalid as error:  # text that is not UTF-8
-            raise DataError(f"--data_dir {request.data_dir}: column {name!r}: cannot be read ({error})") from error
-        return values
+        return pa.chunked_array([chunk for part in read for chunk in part.chunks], type=read[0].type)
 
     def read_images(rows: Rows) -> Iterator[Encoded]:
         for shard in shards:
@@ -179,8 +174,7 @@ def _read_shard(shard: _Shard, rows: Rows) -> Iterator[Encoded]:
     for batch in shard.file.iter_batches(READ_BATCH, columns=[shard.image_column]):
         stop = start + batch.num_rows
         wanted = rows[slice(*np.searchsorted(rows, (start, stop)))]
-        values = batch.column(0).take(wanted - start).to_pylist()
-        for value in values:
+        for value in python_values(batch.column(0).take(wanted - start), shard.path):
             yield _encoded(value, folder)
         start = stop
         if start > rows[-1]:
@@ -225,7 +219,7 @@ def _paths_of_images(shard: _Shard) -> Iterator[tuple[int, str]]:
         return
     row = 0
     for batch in shard.file.iter_batches(READ_BATCH, columns=[shard.image_column]):
-        for value in batch.column(0).to_pylist():
+        for value in python_values(batch.column(0), shard.path):
             name = value if isinstance(value, str) else (value or {}).get("path")
             if name and (isinstance(value, str) or value.get("bytes") is None):
                 yield row, name
