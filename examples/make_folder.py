@@ -34,7 +34,8 @@ SHARES = {
 }
 """Share of the images that each contributor owns."""
 
-SUFFIXES = {b"\x89PNG": "png", b"\xff\xd8\xff\xe0": "jpg", b"\xff\xd8\xff\xdb": "jpg", b"\xff\xd8\xff\xe1": "jpg"}
+SUFFIXES = {b"\x89P": "png", b"\xff\xd8": "jpg"}
+"""By the first two bytes of a file, the same in every PNG and in every JPEG."""
 
 
 def main() -> None:
@@ -48,6 +49,8 @@ def main() -> None:
     shards = sorted(arguments.data_dir.glob("train*.parquet"))
     if not shards:
         parser.error(f"--data_dir {arguments.data_dir}: expected train*.parquet, found none")
+    if arguments.to.exists():
+        parser.error(f"--to {arguments.to}: exists already; remove it, or name another folder")
     table = pyarrow.parquet.read_table(shards[0]).slice(0, arguments.n_images)
     labels = table.column("label").to_numpy()
     owners = draw_owners(labels)
@@ -57,7 +60,7 @@ def main() -> None:
         writer.writerow(["file_name", "artist", "label"])
         for row, (record, label, owner) in enumerate(zip(table.column("img"), labels, owners, strict=True)):
             content = record.as_py()["bytes"]
-            name = f"images/{row:05d}.{SUFFIXES[content[:4]]}"
+            name = f"images/{row:05d}.{SUFFIXES[content[:2]]}"
             (arguments.to / name).write_bytes(content)
             writer.writerow([name, owner, f"class {label}"])
     for name, count in zip(*np.unique(owners, return_counts=True), strict=True):

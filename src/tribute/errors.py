@@ -5,6 +5,16 @@ catches `TributeError` catches everything that a user can repair; anything else 
 """
 
 
+def printable(text: str) -> str:
+    """Text of others as it may stand in a message: what a terminal would obey instead of show is escaped.
+
+    Line feeds and tabs stay; half characters, as names of files that are not UTF-8 have them, are escaped.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
 class TributeError(Exception):
     """Base of all errors that a user can repair."""
 

@@ -144,10 +144,19 @@ def test_export_writes_a_pipeline_and_a_model_card(capsys: pytest.CaptureFixture
         ("--model a", "--model, --to: expected both"),
         ("--run a", "--model, --to: expected both"),
         ("--db a.db --out b --model c --to d", "found --db, --out beside --model, --to"),
+        ("--db a.db --out b --no_use_ema", "found --db, --out beside --use_ema"),
+        ("--model c --to d --split test --format csv", "found --format, --split beside --model, --to"),
+        ("--db a.db --out b --contributor_column artist", "--contributor_column: expected --dataset"),
+        ("--db a.db --out b --format csv --dataset digits", "--dataset: CSV has no indices"),
     ],
 )
 def test_export_says_which_flags_go_together(flags: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in fails("export", flags, capsys)
+
+
+def test_import_needs_the_dataset_that_flags_describe(capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails("import", "--db a.db --file b.jsonl --image_column picture --split test", capsys)
+    assert "--image_column, --split: expected --dataset" in message and not Path("a.db").exists()
 
 
 def test_dry_run_does_not_fetch_a_model_to_train(capsys: pytest.CaptureFixture[str]) -> None:

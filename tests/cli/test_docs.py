@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from tribute.cli import COMMANDS, arguments
-from tribute.config import Preset, StudyConfig, TrainConfig
+from tribute.cli import COMMANDS, arguments, main
+from tribute.cli.arguments import SourceArguments
+from tribute.config import Preset, StudyConfig, TrainConfig, preset_names
+from tribute.data.sources import DataRequest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -151,6 +154,43 @@ def test_the_commands_of_the_documentation_are_found() -> None:
     found = [(program, name) for page in PAGES for program, name, *_ in documented_commands(page)]
     assert {("python", script) for script in COMMAND_OF_SCRIPT} <= set(found)
     assert ("tribute", "run") in found
+
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_commands_in_the_comments_of_examples_run_as_far_as_their_settings(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Flags are known, and what needs neither data nor network succeeds."""
+    commands = re.findall(r"^#   tribute (\w+) (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert ("run", f"examples/{path.name}") in commands
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("used the network"))
+    for command, flags in commands:
+        parsed = arguments.parse(arguments_class(command), shlex.split(flags), prog=command, description="")
+        if command == "run":
+            main("run", [*shlex.split(flags), "--dry_run"])
+            settings = yaml.safe_load(capsys.readouterr().out)
+            assert settings["study"]["name"] == yaml.safe_load(path.read_text(encoding="utf-8"))["name"]
+        else:
+            assert isinstance(parsed, SourceArguments)
+            source = parsed.source()
+            size = source.image_size or parsed.load_preset(source.dataset).image_size
+            assert DataRequest(**{**dict(source), "image_size": size}).rule.image_size == size
+
+
+@pytest.mark.parametrize("name", ["cifar20", "celeba"])
+def test_the_large_examples_compute_in_the_precision_that_their_cost_supposes(name: str) -> None:
+    preset = StudyConfig.from_yaml(ROOT / "examples" / f"{name}.yaml").load_preset()
+    assert {training.mixed_precision for training in preset.training.values()} == {"bf16"}
+    assert preset.sampling.mixed_precision == "bf16"
+
+
+def test_every_preset_has_its_line() -> None:
+    listed = re.findall(r"^\| `([\w-]+)` \| [^|]+ \|$", section("Presets"), re.MULTILINE)
+    assert listed == preset_names()
 
 
 def test_python_examples_import_what_exists() -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from tribute.data.decoding import ImageRule, decode_image
+from tribute.data.examination import examine_image
 from tribute.errors import DataError
 from tribute.seeding import numpy_stream
 
@@ -121,6 +122,44 @@ TRUNCATED_JPEG = encoded(Image.fromarray(np.kron(PIXELS, np.ones((8, 8, 1), np.u
 def test_damage_and_bombs_are_refused(content: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
         decode_image(content, RULE)
+
+
+def test_eps_never_reaches_ghostscript(monkeypatch: pytest.MonkeyPatch) -> None:
+    eps = encoded(Image.fromarray(PIXELS), "EPS")
+    assert Image.open(io.BytesIO(eps)).format == "EPS"
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("called Ghostscript"))
+    for read in (examine_image, lambda content: decode_image(content, RULE)):
+        with pytest.raises(DataError, match="of none of the formats PNG, JPEG"):
+            read(eps)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PCX", "PPM", "TGA", "TIFF", "WEBP", "MPO"])
+def test_usual_formats_are_read_and_their_damage_is_named(kind: str) -> None:
+    try:
+        content = encoded(Image.fromarray(np.kron(PIXELS, np.ones((8, 8, 1), np.uint8))), kind)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow has no {kind}")
+    assert decode_image(content, RULE).shape == (16, 16, 3)
+    for spoilt in (content[: len(content) // 2], content[:200] + bytes(len(content) - 200)):
+        # Zeros may be an image; what matters is that nothing else is raised.
+        try:
+            decode_image(spoilt, RULE)
+            examine_image(spoilt)
+        except DataError as error:
+            assert "cannot be decoded" in str(error)
+
+
+def test_a_damaged_avif_is_named() -> None:
+    if not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    content = bytearray(encoded(Image.fromarray(np.kron(PIXELS, np.ones((8, 8, 1), np.uint8))), "AVIF"))
+    start = content.find(b"mdat") + 8
+    content[start : start + 100] = b"\xff" * 100
+    with pytest.raises(RuntimeError), Image.open(io.BytesIO(content)) as image:
+        image.load()
+    for read in (examine_image, lambda content: decode_image(content, RULE)):
+        with pytest.raises(DataError, match="cannot be decoded"):
+            read(bytes(content))
 
 
 def test_a_bomb_is_refused_before_a_pixel_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def test_numbers_in_a_csv_are_names(folder: Path) -> None:
 def test_images_are_known_by_content_and_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load(folder)
     with monkeypatch.context() as patched:
-        patched.setattr(Image, "open", lambda _: pytest.fail("decoded again"))
+        patched.setattr(Image, "open", lambda *_, **__: pytest.fail("decoded again"))
         assert load(folder).fingerprint == first.fingerprint
     (folder / "a" / "0.png").write_bytes(png(PIXELS[7]))
     assert load(folder).fingerprint != first.fingerprint
@@ -177,6 +178,22 @@ def ragged(folder: Path) -> None:
     (folder / "metadata.csv").write_text("file_name,artist\na/0.png,ann\na/1.png\n")
 
 
+def huge_number(folder: Path) -> None:
+    write_table(folder, "jsonl", {"file_name": names(), "artist": [*OWNERS[:7], 2**70]})
+
+
+def deep_nesting(folder: Path) -> None:
+    (folder / "metadata.jsonl").write_text("[" * 100_000)
+
+
+def not_utf8(folder: Path) -> None:
+    (folder / "metadata.csv").write_bytes(b"file_name,artist\na/0.png,\xff\n")
+
+
+def other_column_of_files(folder: Path) -> None:
+    write_table(folder, "csv", {"path": names(), "artist": OWNERS})
+
+
 def table(folder: Path) -> None:
     write_table(folder, "csv", {"file_name": names(), "artist": OWNERS})
 
@@ -198,6 +215,10 @@ BAD = {
     same_name: r"row 6: expected every file once, found '\./a/1\.png' after 'a/1\.png' .*row 1",
     same_but_for_case: r"row 7: expected every file once, found 'a/x.png' after 'a/X.png'",
     two_tables: r"expected one table of the images, found metadata\.csv, metadata\.jsonl",
+    huge_number: r"metadata\.jsonl: cannot be read as jsonl",
+    deep_nesting: r"metadata\.jsonl: cannot be read as jsonl",
+    not_utf8: r"metadata\.csv: cannot be read as csv .*decode",
+    other_column_of_files: r"column named file_name, found columns \['path', 'artist'\]; rename the column",
     ragged: r"row 1: expected 2 values for \['file_name', 'artist'\], found 1",
 }
 
@@ -207,6 +228,58 @@ def test_bad_input_is_named(folder: Path, spoil: Callable[[Path], None]) -> None
     spoil(folder)
     with pytest.raises(DataError, match=BAD[spoil]):
         load(folder, contributor_column=None if spoil is without_images else "artist")
+
+
+def test_a_json_line_ends_at_a_line_feed_only(folder: Path) -> None:
+    rows = [{"file_name": name, "artist": f"{owner}\u00a0x"} for name, owner in zip(names(), OWNERS, strict=True)]
+    rows[0]["title"] = "one\u2028two\u0085three"
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (folder / "metadata.jsonl").write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    with pytest.raises(DataError, match="printable name"):
+        load(folder, contributor_column="artist")
+    assert load_contributors("folder", data_dir=folder, cache_dir=folder.parent, contributor_column="file_name")
+
+
+def test_numbers_of_any_length_are_names(folder: Path) -> None:
+    long = "9" * 5_000
+    write_table(folder, "csv", {"file_name": names(), "artist": [long, "10", *["2"] * 6]})
+    assert load(folder, contributor_column="artist").contributors.names == ("10", "2", long)
+
+
+def test_a_file_whose_name_is_not_utf8_is_named(folder: Path) -> None:
+    try:
+        (folder / "a" / os.fsdecode(b"\xff.png")).write_bytes(png(PIXELS[0]))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    with pytest.raises(DataError, match=r"in UTF-8, found 'a/\\udcff\.png'; rename"):
+        load(folder)
+
+
+def test_names_are_shown_and_never_obeyed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "a" / "\x1b[2J:smile:.png").write_bytes(b"broken")
+    with pytest.raises(SystemExit):
+        main("data", ["check", "--dataset", "folder", "--data_dir", str(folder), "--image_size", "8"])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "a/\\x1b[2J:smile:.png" in out
+    with pytest.raises(SystemExit):
+        main("data", ["check", "--dataset", "folder", "--data_dir", "\x1b[2J", "--image_size", "8"])
+    assert "\x1b" not in (err := capsys.readouterr().err) and "\\x1b[2J" in err
+
+
+def test_two_files_of_one_name_but_for_case_are_refused(folder: Path) -> None:
+    for name in ("X.png", "x.PNG"):
+        (folder / "a" / name).write_bytes(png(PIXELS[0]))
+    if len(list((folder / "a").glob("[xX].*"))) < 2:
+        pytest.skip("this file system does not tell the case of names apart")
+    with pytest.raises(DataError, match=r"expected every file once, found 'a/x\.PNG' after 'a/X\.png'"):
+        load(folder)
+
+
+def test_a_link_out_of_a_sub_folder_is_refused(folder: Path) -> None:
+    (folder.parent / "secret.png").write_bytes(png(PIXELS[0]))
+    (folder / "b" / "link.png").symlink_to(folder.parent / "secret.png")
+    with pytest.raises(DataError, match=r"'b/link\.png' is a link to .*secret\.png, out of"):
+        load(folder)
 
 
 def test_loose_images_linked_folders_and_a_missing_size_are_answered(folder: Path) -> None:
@@ -239,6 +312,10 @@ def test_parquet_may_name_files_beside_it(folder: Path) -> None:
     (folder / "a" / "0.png").unlink()
     with pytest.raises(DataError, match=r"row 0: the file 'a/0.png' is missing"):
         load(folder, dataset="parquet", contributor_column="artist")
+    (folder.parent / "secret.png").write_bytes(png(PIXELS[0]))
+    (folder / "a" / "0.png").symlink_to(folder.parent / "secret.png")
+    with pytest.raises(DataError, match=r"row 0: 'a/0\.png' is a link to .*secret\.png, out of"):
+        load(folder, dataset="parquet", contributor_column="artist")
 
 
 def test_check_counts_and_names_everything(folder: Path) -> None:
@@ -257,6 +334,29 @@ def test_check_counts_and_names_everything(folder: Path) -> None:
     assert [item.count("/") > 0 for item in found["exact duplicates across contributors"]] == [True, True]
     assert found["files in the folder that are no example"] == ["1 files"]
     assert report.n_per_format == {"PNG RGB": 6}
+
+
+def test_memory_follows_the_largest_image_and_the_processes(folder: Path) -> None:
+    def needed(n_workers: int) -> int:
+        request = DataRequest("folder", data_dir=folder, cache_dir=folder.parent, image_size=8, n_workers=n_workers)
+        return check_data(request).memory_bytes
+
+    before = needed(1), needed(3)
+    (folder / "b" / "7.png").write_bytes(png(np.zeros((2_000, 1_000, 3), np.uint8)))
+    n_more = 2_000 * 1_000 - 64
+    assert (needed(1) - before[0], needed(3) - before[1]) == (16 * n_more, 48 * n_more)
+
+
+@pytest.mark.parametrize("content", [b"broken", png(np.zeros((10_000, 9_000), np.uint8))], ids=["broken", "bomb"])
+def test_a_folder_without_a_readable_image_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    (tmp_path / "data" / "ann").mkdir(parents=True)
+    (tmp_path / "data" / "ann" / "only.png").write_bytes(content)
+    with pytest.raises(SystemExit) as end:
+        main("data", ["check", "--dataset", "folder", "--data_dir", str(tmp_path / "data"), "--image_size", "8"])
+    out = capsys.readouterr().out
+    assert end.value.code == 1 and "ann/only.png: expected an image" in out and "1 errors" in out
 
 
 def test_the_command_ends_with_1_on_errors_and_0_without(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

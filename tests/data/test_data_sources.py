@@ -153,28 +153,33 @@ def test_files_are_decoded_once_and_known_by_their_content(tmp_path: Path, monke
     first = load(tmp_path, path)
     other = write_parquet(tmp_path / "c.parquet", range(20), replaced={3: PNGS[99]})
     with monkeypatch.context() as patched:
-        patched.setattr(Image, "open", lambda _: pytest.fail("decoded again"))
+        patched.setattr(Image, "open", lambda *_, **__: pytest.fail("decoded again"))
         again = load(tmp_path, path.rename(tmp_path / "b.parquet"))
     assert again.fingerprint == first.fingerprint
     assert load(tmp_path, other).fingerprint != first.fingerprint
 
 
-def test_reading_is_offline_and_quiet_and_never_walks_through_the_rows(
+def test_reading_is_offline_and_quiet_and_decodes_what_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = write_parquet(tmp_path / "a.parquet", range(20))
-    for owner, name in [
-        (socket.socket, "connect"),
-        (datasets.Dataset, "__iter__"),
-        (datasets.Dataset, "__getitem__"),
-    ]:
-        monkeypatch.setattr(owner, name, lambda *_, name=name: pytest.fail(f"used {name}"))
-    # Our own notice may have a handler by now; what counts is that `datasets` says nothing.
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("used the network"))
+    # Our own notice may have a handler by now; what counts is that pyarrow and Pillow say nothing.
     monkeypatch.setattr(sources.logger, "disabled", True)
-    shown = datasets.utils.are_progress_bars_disabled()
+    read: list[Any] = []
+    for name in ("read", "iter_batches"):
+        used = getattr(pq.ParquetFile, name)
+
+        def spy(self: Any, *args: Any, used: Any = used, **options: Any) -> Any:
+            read.append(options["columns"])
+            return used(self, *args, **options)
+
+        monkeypatch.setattr(pq.ParquetFile, name, spy)
     load(tmp_path, path)
+    assert sorted(read) == [["img"], ["label"]]
+    load(tmp_path, path)
+    assert sorted(read) == [["img"], ["label"], ["label"]]
     assert capfd.readouterr() == ("", "")
-    assert datasets.utils.are_progress_bars_disabled() == shown
 
 
 @pytest.mark.parametrize(
@@ -229,7 +234,7 @@ def test_missing_files_are_answered_with_what_is_expected(tmp_path: Path) -> Non
         ({"img": [0], "label": [0]}, r"'img': expected images as \{bytes, path\}, as bytes or as paths, found int64"),
         ({"img": [{"bytes": PNGS[0]}], "label": [0.5]}, "expected classes as integers or text, found double"),
         ({"img": [{"bytes": PNGS[0]}] * 2, "label": [0, None]}, "row 1: .*a class in every row, found none"),
-        ({"img": [{"bytes": PNGS[0]}] * 2, "label": [0, -1]}, "row 1: .*a class from 0 to 0, found -1"),
+        ({"img": [{"bytes": PNGS[0]}] * 2, "label": [0, -1]}, "row 1: .*a class of 0 or more, found -1"),
     ],
 )
 def test_columns_of_another_kind_are_named(tmp_path: Path, columns: dict[str, list[Any]], message: str) -> None:
@@ -239,10 +244,59 @@ def test_columns_of_another_kind_are_named(tmp_path: Path, columns: dict[str, li
 
 
 def test_integer_labels_without_names_are_named_by_their_number(tmp_path: Path) -> None:
-    columns = {"img": [{"bytes": png} for png in PNGS[:3]], "label": [0, 2, 2]}
+    columns = {"img": [{"bytes": png} for png in PNGS[:3]], "label": [1, 0, 2]}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     data = load(tmp_path, tmp_path / "a.parquet")
-    assert data.label_names == ("0", "1", "2") and data.contributors.names == ("0", "2")
+    assert data.label_names == data.contributors.names == ("0", "1", "2") and data.labels.tolist() == [1, 0, 2]
+
+
+def test_only_numbers_that_occur_are_classes(tmp_path: Path) -> None:
+    columns = {"img": [{"bytes": png} for png in PNGS[:4]], "label": [2**60, 1, 7, 1]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    data = load(tmp_path, tmp_path / "a.parquet")
+    assert data.label_names == data.contributors.names == ("1", "7", str(2**60))
+    assert data.labels.tolist() == [2, 0, 1, 0]
+    # Classes 1 and 7 of CIFAR-10 are chosen by their numbers, not by their places among those that occur.
+    two = load_training_data("cifar2", data_dir=tmp_path / "a.parquet", cache_dir=tmp_path)
+    assert two.label_names == ("1", "7") and np.array_equal(two.images, PIXELS[1:4])
+
+
+def test_names_of_classes_that_cannot_be_printed_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"names of classes that can be printed, found 'a\\x1b\[2J'"):
+        load(tmp_path, write_parquet(tmp_path / "a.parquet", range(3), names=["cat", "a\x1b[2J", "owl"]))
+
+
+def test_text_that_is_not_utf8_and_nested_metadata_are_answered(tmp_path: Path) -> None:
+    table = pa.table({"img": [{"bytes": PNGS[0]}], "label": [0]})
+    spoilt = pa.array([b"\xff"]).cast(pa.binary()).view(pa.string())
+    pq.write_table(table.append_column("owner", spoilt), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="column 'owner': expected text in UTF-8"):
+        load(tmp_path, tmp_path / "a.parquet", contributor_column="owner")
+    pq.write_table(table.drop_columns("img").append_column("img", spoilt), tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=r"c\.parquet: expected text in UTF-8"):
+        load(tmp_path, tmp_path / "c.parquet")
+    pq.write_table(table.replace_schema_metadata({"huggingface": "[" * 100_000}), tmp_path / "b.parquet")
+    assert load(tmp_path, tmp_path / "b.parquet").label_names == ("0",)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        ("digits", {"split": "test"}, "--split test: this dataset is embedded"),
+        ("parquet", {"split": "test", "data_dir": "a.parquet"}, "--split test: a single file has no parts"),
+        ("folder", {"split": "test", "data_dir": "."}, "--split test: a folder of images has no parts"),
+        ("folder", {"image_column": "img", "data_dir": "."}, "--image_column img: a folder of images has files"),
+        ("mnist", {"image_column": "img", "data_dir": "."}, "--image_column img: a folder of images has files"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_parquet(tmp_path / "a.parquet", range(3))
+    (tmp_path / "metadata.csv").write_text("file_name,label\n")
+    with pytest.raises(ConfigError, match=message):
+        load_training_data(dataset, cache_dir=tmp_path, **{"image_size": 8, **options})
 
 
 @pytest.mark.parametrize("content", [b"", b"not a Parquet file"])

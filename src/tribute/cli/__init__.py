@@ -62,14 +62,14 @@ def _dispatch(command: str, arguments: list[str], prog: str) -> None:
     import importlib
 
     from tribute.cli.console import setup_logging
-    from tribute.errors import TributeError
+    from tribute.errors import TributeError, printable
 
     module = importlib.import_module(f"tribute.cli.{command}_command")
     setup_logging()
     try:
         module.run(arguments, prog)
     except TributeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to continue where it stopped", file=sys.stderr)

@@ -37,8 +37,11 @@ class Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
-SOURCE_FLAGS = ("dataset", "contributors", "data_dir", "max_examples", "contributor_column", "label_column", "split")
-"""Flags that decide who owns which example; the others say what becomes of the pixels."""
+SOURCE_FLAGS = (
+    *("contributors", "data_dir", "max_examples"),
+    *("contributor_column", "label_column", "image_column", "split"),
+)
+"""Flags that decide, with `--dataset`, who owns which example; the others say what becomes of the pixels."""
 
 ArgumentsT = TypeVar("ArgumentsT", bound=Arguments)
 
@@ -76,7 +79,7 @@ class SourceArguments(Arguments):
     label_column: str | None = Field(default=None, description="Column of the class; None: the dataset's.")
     image_column: str | None = Field(default=None, description="Column of the images; None: the dataset's.")
     split: str | None = Field(default=None, description="Part of the dataset; None: train.")
-    preset: str | None = Field(default=None, description="Recipe: digits, cifar, cifar-small, celeba, or a .yaml file.")
+    preset: str | None = Field(default=None, description="Recipe by name (docs/cli.md#presets), or a .yaml file.")
     codec: str | None = Field(
         default=None,
         description="Autoencoder of a latent diffusion model: a diffusers folder, or a hub id; None: the preset's.",
@@ -243,6 +246,23 @@ class RuntimeArguments(Arguments):
         """How networks compute: as `base` says, and as the flags that are on say."""
         names = ("compile", "channels_last", "gradient_checkpointing")
         return (base or RuntimeConfig()).replace(**{name: True for name in names if getattr(self, name)})
+
+
+def source_options(dataset: str | None, arguments: Arguments) -> dict[str, Any] | None:
+    """What the flags of a command without models say of the training data; None without `--dataset`.
+
+    Raises:
+        ConfigError: Flags describe a dataset that is not named.
+    """
+    given = {name: value for name in SOURCE_FLAGS if (value := getattr(arguments, name)) is not None}
+    if dataset is not None:
+        return {"dataset": dataset, **given}
+    if given:
+        raise ConfigError(
+            f"{', '.join(f'--{name}' for name in given)}: expected --dataset, which they describe; found none. Name "
+            "it, or leave them out: without a dataset lines hold indices of contributors"
+        )
+    return None
 
 
 def parse(arguments_class: type[ArgumentsT], argv: Sequence[str], *, prog: str, description: str) -> ArgumentsT:

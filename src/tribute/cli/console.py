@@ -15,16 +15,26 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
+from tribute.errors import printable
+
 if TYPE_CHECKING:  # it brings PyTorch, for which commands that only compute would wait
     from tribute.diffusion.train import Progress
 
-console = Console(soft_wrap=False, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+console = Console(soft_wrap=False, highlight=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0")
 """Of the processes that `accelerate launch` starts, only the first prints."""
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Messages may hold names of others: they are shown, and the terminal does not obey them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def setup_logging() -> None:
     """Warnings of the library go to standard error; third parties stay quiet."""
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, markup=False)
+    handler = RichHandler(console=Console(stderr=True, emoji=False), show_path=False, show_time=False, markup=False)
+    handler.setFormatter(_PrintableFormatter("%(message)s"))
     logger = logging.getLogger("tribute")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
@@ -37,9 +47,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     """A table whose first column is text and whose others are numbers; cells are plain text, never markup."""
     table = Table()
     for i, name in enumerate(columns):
-        table.add_column(escape(name), justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="ellipsis")
+        table.add_column(
+            escape(printable(name)), justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="ellipsis"
+        )
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(escape(printable(cell)) for cell in row))
     print_line(title)  # not the table's own title, which wraps at the width of a narrow table
     console.print(table)
     if note:
@@ -47,8 +59,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def print_line(text: str) -> None:
-    """One line of plain text."""
-    console.print(text, markup=False, soft_wrap=True)
+    """Plain text, on one line unless it has line feeds; what a terminal would obey is escaped."""
+    console.print(printable(text), markup=False, soft_wrap=True)
 
 
 def interval_text(low: float, high: float) -> str:
@@ -101,7 +113,7 @@ class StudyReport:
     def stage(self, title: str) -> None:
         """A stage begins."""
         self._close_line()
-        console.print(f"[bold]{escape(title)}[/bold]")
+        console.print(f"[bold]{escape(printable(title))}[/bold]")
         self._last = 0.0
 
     def message(self, text: str) -> None:
@@ -111,7 +123,7 @@ class StudyReport:
 
     def progress(self, title: str, n_done: int, n_total: int, text: str) -> None:
         """A stage advances."""
-        line = f"  {title} {n_done}/{n_total}  {text}"
+        line = printable(f"  {title} {n_done}/{n_total}  {text}")
         now = time.monotonic()
         if self.live:
             sys.stdout.write("\r" + line[: console.width - 1].ljust(console.width - 1))

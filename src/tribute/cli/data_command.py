@@ -14,6 +14,7 @@ from tribute.cli.console import StudyReport, print_line, print_table
 from tribute.config import DataConfig, Preset, default_preset, preset_names
 from tribute.data.check import Finding, Report, check_data
 from tribute.data.sources import DataRequest
+from tribute.errors import ConfigError
 
 
 class DataArguments(SourceArguments):
@@ -33,6 +34,8 @@ class DataArguments(SourceArguments):
 def run(argv: Sequence[str], prog: str) -> None:
     """Parse the flags, check, print the report; status 1 if there are errors."""
     arguments = parse(DataArguments, argv, prog=prog, description="Check training data.")
+    if arguments.codec is not None:
+        raise ConfigError(f"--codec {arguments.codec}: images are checked as they are, before a codec; leave it out")
     source = arguments.source()
     preset = _preset(arguments, source)
     progress = StudyReport()
@@ -69,10 +72,7 @@ def print_report(report: Report, *, n_shown: int) -> None:
     print_table(
         f"{report.n_examples:,} images, {len(report.n_per_contributor):,} contributors",
         ["contributor", "images", "share"],
-        [
-            [ascii_name(name), f"{count:,}", f"{count / max(1, n_readable):.1%}"]
-            for name, count in report.n_per_contributor.items()
-        ],
+        [[name, f"{count:,}", f"{count / max(1, n_readable):.1%}"] for name, count in report.n_per_contributor.items()],
     )
     print_line("formats: " + ", ".join(f"{name} {count:,}" for name, count in report.n_per_format.items()))
     sizes = ", ".join(f"{name} {width}x{height}" for name, (width, height) in report.sizes.items())
@@ -96,11 +96,6 @@ def _print_finding(finding: Finding, n_shown: int) -> None:
         print_line(f"  {item}")
     if len(items) < len(finding.items):
         print_line(f"  ... and {len(finding.items) - len(items):,} more")
-
-
-def ascii_name(name: str) -> str:
-    """A contributor's name, with what cannot be printed shown as escapes."""
-    return name if name.isprintable() else ascii(name)
 
 
 def _megabytes(n_bytes: int) -> str:

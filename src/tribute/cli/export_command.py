@@ -8,12 +8,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from tribute.cli.arguments import SOURCE_FLAGS, Arguments, parse
+from tribute.cli.arguments import SOURCE_FLAGS, Arguments, parse, source_options
 from tribute.cli.console import print_line
 from tribute.errors import ConfigError
 
-_STORE_FLAGS = ("db", "out", "exp_name", "dataset", "data_dir", "max_examples")
-_MODEL_FLAGS = ("model", "to", "run")
+_STORE_FLAGS = ("db", "out", "format", "exp_name", "dataset", *SOURCE_FLAGS)
+_MODEL_FLAGS = ("model", "to", "use_ema", "run")
 
 
 class ExportArguments(Arguments):
@@ -21,17 +21,20 @@ class ExportArguments(Arguments):
 
     db: str | None = Field(default=None, description="Store: a file, or a SQLAlchemy URL.")
     out: Path | None = Field(default=None, description="With --db: file to write.")
-    format: Literal["jsonl", "csv"] = Field(default="jsonl", description="jsonl: the published layout.")
+    format: Literal["jsonl", "csv"] | None = Field(
+        default=None, description="With --db: jsonl (default), the published layout, or csv."
+    )
     exp_name: str | None = Field(default=None, description="With --db: only this experiment.")
     dataset: str | None = Field(
         default=None, description="Write example indices of this dataset, as published; None: contributor indices."
     )
-    contributors: str = Field(default="class", description="With --dataset: how it is divided.")
+    contributors: str | None = Field(default=None, description="With --dataset: how it is divided; None: class.")
     data_dir: Path | None = Field(default=None, description="With --dataset: where it is.")
     max_examples: int | None = Field(default=None, gt=0, description="With --dataset: only the first rows.")
     contributor_column: str | None = Field(default=None, description="With --dataset: column of the owners.")
     label_column: str | None = Field(default=None, description="With --dataset: column of the classes.")
-    split: str = Field(default="train", description="With --dataset: part of it.")
+    image_column: str | None = Field(default=None, description="With --dataset: column of the images.")
+    split: str | None = Field(default=None, description="With --dataset: part of it; None: train.")
     model: Path | None = Field(default=None, description="Model: a checkpoint that is not pruned.")
     to: Path | None = Field(default=None, description="With --model: new folder in the format of diffusers.")
     use_ema: bool = Field(default=True, description="With --model: write the moving average of the weights.")
@@ -44,8 +47,7 @@ def run(argv: Sequence[str], prog: str) -> None:
     """Parse the flags, write what they name."""
     description = "Write a store for other programs (--db, --out), or a model as a diffusers folder (--model, --to)."
     arguments = parse(ExportArguments, argv, prog=prog, description=description)
-    of_store = [f"--{name}" for name in _STORE_FLAGS if getattr(arguments, name) is not None]
-    of_model = [f"--{name}" for name in _MODEL_FLAGS if getattr(arguments, name) is not None]
+    of_store, of_model = (_given(arguments, names) for names in (_STORE_FLAGS, _MODEL_FLAGS))
     if of_store and of_model:
         raise ConfigError(
             f"expected the flags of a store (--db, --out) or those of a model (--model, --to); found "
@@ -64,20 +66,26 @@ def run(argv: Sequence[str], prog: str) -> None:
         _export_store(arguments, arguments.db, arguments.out)
 
 
+def _given(arguments: ExportArguments, names: Sequence[str]) -> list[str]:
+    """The flags whose values are not the defaults, as they are written."""
+    defaults = ExportArguments()
+    return [f"--{name}" for name in names if getattr(arguments, name) != getattr(defaults, name)]
+
+
 def _export_store(arguments: ExportArguments, db: str, out: Path) -> None:
     """Write the evaluations of a store, print how many there are."""
     from tribute.data.sources import load_contributors
     from tribute.store.interchange import export_csv, export_jsonl
     from tribute.store.records import Store
 
+    options = source_options(arguments.dataset, arguments)
+    if arguments.format == "csv" and options is not None:
+        raise ConfigError("--dataset: CSV has no indices of examples; leave it out, or use --format jsonl")
+    owners = None if options is None else load_contributors(**options).contributor_of_example
     with Store.open(db, create=False) as store:
         if arguments.format == "csv":
             n_lines = export_csv(store, out, exp_name=arguments.exp_name)
         else:
-            owners = None
-            if arguments.dataset is not None:
-                source = {name: getattr(arguments, name) for name in SOURCE_FLAGS}
-                owners = load_contributors(**source).contributor_of_example
             n_lines = export_jsonl(store, out, contributor_of_example=owners, exp_name=arguments.exp_name)
     print_line(f"wrote {n_lines:,} evaluations to {out}")
 

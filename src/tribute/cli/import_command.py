@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from tribute.cli.arguments import SOURCE_FLAGS, Arguments, parse
+from tribute.cli.arguments import Arguments, parse, source_options
 from tribute.cli.console import print_line
 from tribute.data.sources import load_contributors
 from tribute.store.interchange import import_jsonl
@@ -23,21 +23,20 @@ class ImportArguments(Arguments):
     dataset: str | None = Field(
         default=None, description="The lines hold example indices of this dataset; None: contributor indices."
     )
-    contributors: str = Field(default="class", description="With --dataset: how it is divided.")
+    contributors: str | None = Field(default=None, description="With --dataset: how it is divided; None: class.")
     data_dir: Path | None = Field(default=None, description="With --dataset: where it is.")
     max_examples: int | None = Field(default=None, gt=0, description="With --dataset: only the first rows.")
     contributor_column: str | None = Field(default=None, description="With --dataset: column of the owners.")
     label_column: str | None = Field(default=None, description="With --dataset: column of the classes.")
-    split: str = Field(default="train", description="With --dataset: part of it.")
+    image_column: str | None = Field(default=None, description="With --dataset: column of the images.")
+    split: str | None = Field(default=None, description="With --dataset: part of it; None: train.")
 
 
 def run(argv: Sequence[str], prog: str) -> None:
     """Parse the flags, read the file, print how many evaluations are new."""
     arguments = parse(ImportArguments, argv, prog=prog, description="Read the published layout.")
-    table = None
-    if arguments.dataset is not None:
-        source = {name: getattr(arguments, name) for name in SOURCE_FLAGS}
-        table = load_contributors(**source)
+    options = source_options(arguments.dataset, arguments)
+    table = None if options is None else load_contributors(**options)
     with Store.open(arguments.db) as store:
         n_new = import_jsonl(
             store,

@@ -27,6 +27,10 @@ BYTES_OF_LIBRARIES = 700 * 2**20
 """Resident memory of a process that has imported PyTorch, diffusers and the rest, measured as 0.6 to 0.7 GB."""
 
 
+BYTES_PER_PIXEL = 16
+"""Memory that decoding takes at most: Pillow keeps 4 bytes of a pixel, and transparency needs the image four times."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One kind of thing that was noticed.
@@ -131,6 +135,8 @@ def check_data(
         ),
     ]
     sizes, n_sizes = _sizes(records[readable])
+    n_workers = request.n_workers or default_n_workers()
+    n_pixels = int((records["width"].astype(np.int64) * records["height"]).max(initial=0))
     return Report(
         n_examples=len(rows),
         n_per_contributor=dict(zip(names, counts.tolist(), strict=True)),
@@ -140,7 +146,7 @@ def check_data(
         findings=[finding for finding in findings if finding.items],
         cache_bytes=cache_bytes,
         free_bytes=free_bytes,
-        memory_bytes=BYTES_OF_LIBRARIES + MAX_BATCH_BYTES * 4 * (request.n_workers or default_n_workers()),
+        memory_bytes=BYTES_OF_LIBRARIES + n_workers * (4 * MAX_BATCH_BYTES + BYTES_PER_PIXEL * n_pixels),
     )
 
 

@@ -12,11 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from tribute.data.contributors import ContributorTable
-from tribute.data.listing import Listing, find_column
+from tribute.data.listing import Listing, find_column, python_values
 from tribute.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+MAX_DIGITS = 4_000
 
 
 def read_labels(listing: Listing, column_name: str) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
@@ -34,7 +37,8 @@ def read_labels(listing: Listing, column_name: str) -> tuple[npt.NDArray[np.int6
     if not pa.types.is_integer(column.type):
         if not _is_text(column.type):
             raise DataError(f"column {column_name!r}: expected classes as integers or text, found {column.type}")
-        values = [_text(value, listing, row, column_name) for row, value in enumerate(column.to_pylist())]
+        texts = python_values(column, f"column {column_name!r}")
+        values = [_text(value, listing, row, column_name) for row, value in enumerate(texts)]
         names = _in_order(values)
         idx_of = {name: idx for idx, name in enumerate(names)}
         return np.array([idx_of[value] for value in values], dtype=np.int64), names
@@ -42,15 +46,21 @@ def read_labels(listing: Listing, column_name: str) -> tuple[npt.NDArray[np.int6
         row = column.to_pylist().index(None)
         raise DataError(f"{listing.place(row)}: column {column_name!r}: expected a class in every row, found none")
     labels = column.to_numpy().astype(np.int64)
-    names = listing.class_names.get(column_name) or tuple(map(str, range(int(labels.max()) + 1)))
-    outside = np.flatnonzero((labels < 0) | (labels >= len(names)))
+    names = listing.class_names.get(column_name)
+    if names and (odd := [name for name in names if not name.isprintable()]):
+        raise DataError(f"column {column_name!r}: expected names of classes that can be printed, found {odd[0]!a}")
+    outside = np.flatnonzero((labels < 0) | (labels >= len(names) if names else False))
     if len(outside):
         row = int(outside[0])
+        expected = f"from 0 to {len(names) - 1}" if names else "of 0 or more"
         raise DataError(
-            f"{listing.place(row)}: column {column_name!r}: expected a class from 0 to {len(names) - 1}, "
-            f"found {labels[row]}"
+            f"{listing.place(row)}: column {column_name!r}: expected a class {expected}, found {labels[row]}"
         )
-    return labels, names
+    if names:
+        return labels, names
+    # Those that occur, not all up to the largest: a class may be called 1,000,000,007.
+    numbers, labels = np.unique(labels, return_inverse=True)
+    return labels.astype(np.int64), tuple(map(str, numbers))
 
 
 def read_contributors(listing: Listing, column_name: str, rows: npt.NDArray[np.int64]) -> ContributorTable:
@@ -92,8 +102,14 @@ def read_owners(listing: Listing, column_name: str, rows: npt.NDArray[np.int64])
         DataError: The column is absent; the message lists those found.
     """
     found = listing.column_names
-    name = find_column("contributors", "contributor of each image", (column_name,), found, flag="--contributor_column")
-    values = listing.column(name).take(rows).to_pylist()
+    name = find_column(
+        "contributors",
+        "contributor of each image",
+        (column_name,),
+        found,
+        remedy="name another with --contributor_column",
+    )
+    values = python_values(listing.column(name).take(rows), f"column {name!r}")
     class_names = listing.class_names.get(name)
     if class_names:
         values = [class_names[v] if isinstance(v, int) and 0 <= v < len(class_names) else None for v in values]
@@ -168,9 +184,15 @@ def _is_text(kind: pa.DataType) -> bool:
 def _in_order(texts: Iterable[str]) -> tuple[str, ...]:
     """Each text once: by value where all are numbers, else by the alphabet."""
     unique = set(texts)
-    if all(text.removeprefix("-").isascii() and text.removeprefix("-").isdigit() for text in unique):
+    if all(_is_number(text) for text in unique):
         return tuple(sorted(unique, key=lambda text: (int(text), text)))
     return tuple(sorted(unique))
+
+
+def _is_number(text: str) -> bool:
+    """Whether it is a whole number, of fewer digits than Python refuses to read."""
+    digits = text.removeprefix("-")
+    return digits.isascii() and digits.isdigit() and len(digits) <= MAX_DIGITS
 
 
 def select_classes(
@@ -178,17 +200,24 @@ def select_classes(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], tuple[str, ...]]:
     """The rows of some classes.
 
+    Args:
+        labels: `(n_examples,)`, indices into `label_names`.
+        label_names: Of the classes in the order of their numbers; or their numbers, perhaps not all.
+        classes: Numbers of the classes to keep.
+
     Returns:
         Rows `(n_rows,)`, their labels as indices into `classes`, and the names of these.
 
     Raises:
         DataError: The dataset has no such class.
     """
-    if max(classes) >= len(label_names):
+    are_numbers = all(_is_number(name) for name in label_names)
+    name_of = {int(name) if are_numbers else i: name for i, name in enumerate(label_names)}
+    if max(classes) > max(name_of):
         raise DataError(
-            f"expected at least {max(classes) + 1} classes, found {len(label_names)}; is it another dataset?"
+            f"expected at least {max(classes) + 1} classes, found {max(name_of) + 1}; is it another dataset?"
         )
-    new_label = np.full(len(label_names), -1, dtype=np.int64)
-    new_label[list(classes)] = np.arange(len(classes))
+    place_of = {number: i for i, number in enumerate(classes)}
+    new_label = np.array([place_of.get(number, -1) for number in name_of], dtype=np.int64)
     rows = np.flatnonzero(new_label[labels] >= 0)
-    return rows, new_label[labels[rows]], tuple(label_names[idx] for idx in classes)
+    return rows, new_label[labels[rows]], tuple(name_of.get(number, str(number)) for number in classes)

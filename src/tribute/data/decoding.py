@@ -1,4 +1,4 @@
-"""From the bytes of an image file to pixels: one rule for every image that Pillow opens.
+"""From the bytes of an image file to pixels: one rule for every image of a format in `FORMATS`.
 
 The rule, in this order. The size in the header is checked before any pixel is decoded. Of an animation the first frame
 counts. The orientation in the EXIF data is applied. Sixteen bits per channel are scaled to eight, transparency is
@@ -35,8 +35,19 @@ RULE_VERSION = 1
 MAX_PIXELS = 89_478_485
 """Images of more pixels are refused: the limit from which Pillow warns of a decompression bomb, 256 MiB as RGB."""
 
-# What Pillow's decoders and EXIF reader raise on damaged bytes.
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, OverflowError, struct.error)
+# Pillow knows more, but the files are untrusted: EPS is a program that Ghostscript would run, WMF needs Windows, others
+# are stubs or decoders that hardly anybody uses. TGA comes last: without a signature, any bytes might be one.
+FORMATS = (
+    *("PNG", "JPEG", "MPO", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "PPM", "JPEG2000", "ICO", "PCX", "QOI", "SGI"),
+    "TGA",
+)
+"""What an image file may be, as Pillow names it; all but those that this Pillow was built without."""
+
+# What Pillow's decoders and EXIF reader raise on damaged bytes. The one of AVIF raises RuntimeError.
+DAMAGE = (
+    *(OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, OverflowError, RuntimeError),
+    struct.error,
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ def decode_image(encoded: bytes, rule: ImageRule) -> Images:
         # Our own limit is an error; and odd metadata is no reason to warn about an image that can be read.
         warnings.simplefilter("ignore")
         try:
-            with Image.open(io.BytesIO(encoded)) as image:
+            with open_image(encoded) as image:
                 check_size(image.size)
                 return _pixels(image, rule)
         except Image.DecompressionBombError as error:
@@ -88,11 +99,26 @@ def decode_image(encoded: bytes, rule: ImageRule) -> Images:
             raise DataError(f"expected an image, found bytes that cannot be decoded ({what(error)})") from error
 
 
+def open_image(encoded: bytes) -> Image.Image:
+    """Open an image file of one of the `FORMATS`, and call no decoder of another; nothing is decoded yet."""
+    from PIL import Image
+
+    Image.init()
+    return Image.open(io.BytesIO(encoded), formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def image_endings() -> frozenset[str]:
+    """How names of such files end, with the dot and in small letters."""
+    from PIL import Image
+
+    return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS)
+
+
 def what(error: Exception) -> str:
     """What a decoder says, without the address of the buffer that Pillow names instead of a file."""
     from PIL import UnidentifiedImageError
 
-    return "of no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+    return f"of none of the formats {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def check_size(size: tuple[int, int]) -> None:
@@ -108,7 +134,8 @@ def check_size(size: tuple[int, int]) -> None:
 def _pixels(image: Image.Image, rule: ImageRule) -> Images:
     from PIL import Image, ImageOps
 
-    image = in_colour(ImageOps.exif_transpose(image), "RGB" if rule.n_channels == 3 else "L")
+    ImageOps.exif_transpose(image, in_place=True)  # or it copies every image, turned or not
+    image = in_colour(image, "RGB" if rule.n_channels == 3 else "L")
     size = (rule.image_size, rule.image_size)
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC, box=_crop_box(image.size, rule.resize))

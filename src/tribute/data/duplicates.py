@@ -61,6 +61,8 @@ def find_duplicates(
     """
     if not 0 <= max_distance <= MAX_DISTANCE:
         raise ValueError(f"max_distance: expected 0 to {MAX_DISTANCE}, found {max_distance}")
+    if not len(hashes):
+        return Duplicates([], np.empty((0, 2), dtype=np.int64))
     exact = _groups(pixels_sha256)
     is_first = np.ones(len(hashes), dtype=bool)
     for group in exact:

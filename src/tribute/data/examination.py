@@ -10,14 +10,13 @@ References:
 from __future__ import annotations
 
 import hashlib
-import io
 import warnings
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tribute.data.decoding import DAMAGE, check_size, in_colour, what
+from tribute.data.decoding import DAMAGE, check_size, in_colour, open_image, what
 from tribute.errors import DataError
 
 THUMBNAIL_SIZE = 8
@@ -51,16 +50,18 @@ def examine_image(encoded: bytes) -> npt.NDArray[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with Image.open(io.BytesIO(encoded)) as image:
+            with open_image(encoded) as image:
                 check_size(image.size)
                 record["format"], record["mode"] = image.format or "", image.mode
                 record["width"], record["height"] = image.size
-                rgb = in_colour(ImageOps.exif_transpose(image), "RGB")
+                ImageOps.exif_transpose(image, in_place=True)
+                rgb = in_colour(image, "RGB")
         except Image.DecompressionBombError as error:
             raise DataError(f"expected an image of a sound size, found a decompression bomb ({error})") from error
         except DAMAGE as error:
             raise DataError(f"expected an image, found bytes that cannot be decoded ({what(error)})") from error
-    content = hashlib.sha256(f"{rgb.size}\n".encode() + rgb.tobytes())
+    content = hashlib.sha256(f"{rgb.size}\n".encode())
+    content.update(rgb.tobytes())
     record["pixels_sha256"] = np.frombuffer(content.digest()[:16], dtype=np.uint8)
     record["thumbnail"] = np.asarray(rgb.resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.LANCZOS))
     grey = np.asarray(rgb.convert("L").resize((9, 9), Image.Resampling.LANCZOS)).astype(np.int16)

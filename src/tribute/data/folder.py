@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tribute.data.decoding import image_endings
 from tribute.data.image_workers import Encoded
 from tribute.data.listing import Listing, Request, Rows, find_column
 from tribute.data.local_files import DatasetFolder, read_encoded, refuse_same_names
 from tribute.data.parquet import class_names
-from tribute.errors import DataError
+from tribute.errors import DataError, printable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,7 +54,9 @@ def list_folder(request: Request) -> Listing:
 def _list_table(path: Path, request: Request) -> Listing:
     """The rows of a table."""
     table = read_table(path)
-    file_column = find_column(path, "file of each image", request.file_columns, table.column_names, flag="file_name")
+    file_column = find_column(
+        path, "file of each image", request.file_columns, table.column_names, remedy="rename the column"
+    )
     folder = DatasetFolder(path.parent)
     names: list[str] = []
     files: list[Path | DataError] = []
@@ -71,7 +74,7 @@ def _list_table(path: Path, request: Request) -> Listing:
     n_others = len(
         set(_image_files(path.parent)) - {Path(os.path.normpath(file)) for file in files if isinstance(file, Path)}
     )
-    return _listing(names, files, table, lambda row: f"{path}: row {row} ({names[row]})", request, n_others)
+    return _listing(names, files, table, lambda row: printable(f"{path}: row {row} ({names[row]})"), request, n_others)
 
 
 def _list_sub_folders(folder: Path, request: Request) -> Listing:
@@ -80,7 +83,7 @@ def _list_sub_folders(folder: Path, request: Request) -> Listing:
 
     within = DatasetFolder(folder)
     found = _image_files(folder)
-    names = [file.relative_to(folder).as_posix() for file in found]
+    names = [_name_in(folder, file) for file in found]
     files: list[Path | DataError] = list(found)
     expected = f"expected images in one sub-folder per contributor, or a {METADATA_FILES[0]} that names their owners"
     if not files:
@@ -99,7 +102,21 @@ def _list_sub_folders(folder: Path, request: Request) -> Listing:
     refuse_same_names(names, lambda row: str(folder))
     table = pa.table({"file_name": names, FOLDER_COLUMN: [name.split("/")[0] for name in names]})
     n_others = sum(1 for _ in _all_files(folder)) - len(files)
-    return _listing(names, files, table, lambda row: str(folder / names[row]), request, n_others)
+    return _listing(names, files, table, lambda row: printable(str(folder / names[row])), request, n_others)
+
+
+def _name_in(folder: Path, file: Path) -> str:
+    """The name of a file from the folder on.
+
+    Raises:
+        DataError: It is not UTF-8, so it would be another name on another machine.
+    """
+    name = file.relative_to(folder).as_posix()
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{folder}: expected names of files in UTF-8, found {name!a}; rename the file") from error
+    return name
 
 
 def _listing(
@@ -156,8 +173,15 @@ def read_table(path: Path) -> pa.Table:
             table = pa.table(_read_json_lines(path))
         else:
             table = pq.read_table(path)
-    except (pyarrow.lib.ArrowException, OSError, ValueError, TypeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as {path.suffix.removeprefix('.')} ({error})") from error
+        table.validate(full=True)  # a text in it may not be UTF-8
+    # A number may be larger than a column holds, and objects nested deeper than the parser goes.
+    except (
+        *(pyarrow.lib.ArrowException, OSError, ValueError, TypeError, csv.Error),
+        *(OverflowError, RecursionError),
+    ) as error:
+        raise DataError(
+            f"{path}: cannot be read as {path.suffix.removeprefix('.')} ({printable(str(error))})"
+        ) from error
     if not len(table):
         raise DataError(f"{path}: expected a row for each image, found none")
     return table
@@ -181,7 +205,8 @@ def _read_csv(path: Path) -> dict[str, list[str]]:
 def _read_json_lines(path: Path) -> dict[str, list[Any]]:
     """Columns of a file with one JSON object per line; what a line lacks is None."""
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines()):
+    # Not splitlines: characters such as U+2028 may stand within a JSON text.
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n")):
         if line.strip():
             record = json.loads(line)
             if not isinstance(record, dict):
@@ -208,9 +233,7 @@ def _all_files(folder: Path) -> Iterator[Path]:
 
 def _image_files(folder: Path) -> Sequence[Path]:
     """Files whose name ends like that of an image."""
-    from PIL import Image
-
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    endings = image_endings()
     return sorted(path for path in _all_files(folder) if path.suffix.lower() in endings)
 
 

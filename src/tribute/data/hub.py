@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tribute.data.image_workers import Encoded
-from tribute.data.listing import Listing, Request, Rows, find_column
+from tribute.data.listing import Listing, Request, Rows, find_column, python_values
 from tribute.data.parquet import check_image_type
 from tribute.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
 
 READ_BATCH = 64
 
@@ -35,7 +37,7 @@ def list_hub(hub_id: str, request: Request, *, dataset: str) -> Listing:
     rows = _load(hub_id, request.split, dataset)
     table, names = rows.data, tuple(rows.column_names)
     where = f"hub:{hub_id}, split {request.split}"
-    image_column = find_column(where, "image", request.image_columns, names, flag="--image_column")
+    image_column = find_column(where, "image", request.image_columns, names, remedy="name another with --image_column")
     check_image_type(where, image_column, table.column(image_column).type)
 
     def place(row: int) -> str:
@@ -45,7 +47,7 @@ def list_hub(hub_id: str, request: Request, *, dataset: str) -> Listing:
         column = table.column(image_column)
         for start in range(0, len(wanted), READ_BATCH):
             batch = wanted[start : start + READ_BATCH]
-            for value in column.take(batch).to_pylist():
+            for value in python_values(column.take(batch), where):
                 content = value.get("bytes") if isinstance(value, dict) else value
                 if isinstance(content, bytes):
                     yield content
@@ -56,7 +58,7 @@ def list_hub(hub_id: str, request: Request, *, dataset: str) -> Listing:
     hashes = [known.hash_of(Path(file["filename"])) for file in rows.cache_files]
     known.save()
     if not hashes:  # a dataset that lives in memory only
-        hashes = [hashlib.sha256(repr(rows.data).encode()).hexdigest()]
+        hashes = [_content_sha256(table.select([image_column]))]
     return Listing(
         n_examples=len(rows),
         column_names=tuple(name for name in names if name != image_column),
@@ -71,6 +73,31 @@ def list_hub(hub_id: str, request: Request, *, dataset: str) -> Listing:
         content={"files": hashes, "image_column": image_column},
         origin={"hub": hub_id, "split": request.split},
     )
+
+
+class _HashingSink(io.RawIOBase):
+    """A file that keeps nothing but the hash of what is written."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        self.digest.update(content)
+        return len(content)
+
+
+def _content_sha256(table: pa.Table) -> str:
+    """SHA-256 over all values of a table, as Arrow's stream format writes them."""
+    import pyarrow as pa
+
+    sink = _HashingSink()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        for batch in table.to_batches():
+            writer.write_batch(batch)
+    return sink.digest.hexdigest()
 
 
 def _load(hub_id: str, split: str, dataset: str) -> datasets.Dataset:

@@ -76,8 +76,27 @@ class Listing:
     n_ignored: int = 0
 
 
-def find_column(where: object, meaning: str, candidates: Sequence[str], found: Sequence[str], *, flag: str) -> str:
+def python_values(column: pa.Array | pa.ChunkedArray, where: object) -> list[Any]:
+    """The values of a column.
+
+    Raises:
+        DataError: A text in it is not UTF-8; nobody checks that when a file is read.
+    """
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: expected text in UTF-8, found other bytes ({error}); write it anew") from error
+
+
+def find_column(where: object, meaning: str, candidates: Sequence[str], found: Sequence[str], *, remedy: str) -> str:
     """The first candidate among the columns found.
+
+    Args:
+        where: The file or dataset.
+        meaning: What the column holds.
+        candidates: Names that it may have, the usual one first.
+        found: Columns that are there.
+        remedy: What to do where there is none.
 
     Raises:
         DataError: There is none; the message lists what was found.
@@ -87,5 +106,5 @@ def find_column(where: object, meaning: str, candidates: Sequence[str], found: S
             return candidate
     raise DataError(
         f"{where}: expected the {meaning} in a column named {' or '.join(candidates)}, "
-        f"found columns {list(found)}; name another with {flag}"
+        f"found columns {list(found)}; {remedy}"
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tribute.data.image_workers import Encoded
-from tribute.data.listing import Listing, Request, Rows, find_column
+from tribute.data.listing import Listing, Request, Rows, find_column, python_values
 from tribute.data.local_files import DatasetFolder, read_encoded
 from tribute.errors import DataError
 
@@ -107,7 +107,7 @@ def find_parquet_files(request: Request) -> list[Path]:
 
 def class_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
     """Names of the classes of every column that holds their numbers, from the metadata that `datasets` writes."""
-    with suppress(KeyError, ValueError, TypeError, AttributeError):
+    with suppress(KeyError, ValueError, TypeError, AttributeError, RecursionError):
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {
             name: tuple(str(item) for item in feature["names"])
@@ -143,7 +143,9 @@ def _open_shards(paths: Sequence[Path], request: Request) -> list[_Shard]:
             raise DataError(f"{path}: expected a Parquet file, found one that cannot be read ({error})") from error
         if not file.metadata.num_rows:
             raise DataError(f"{path}: expected images, found no rows")
-        image_column = find_column(path, "image", request.image_columns, schema.names, flag="--image_column")
+        image_column = find_column(
+            path, "image", request.image_columns, schema.names, remedy="name another with --image_column"
+        )
         check_image_type(path, image_column, schema.field(image_column).type)
         shards.append(_Shard(path, file, image_column, n_rows))
         n_rows += file.metadata.num_rows
@@ -172,8 +174,7 @@ def _read_shard(shard: _Shard, rows: Rows) -> Iterator[Encoded]:
     for batch in shard.file.iter_batches(READ_BATCH, columns=[shard.image_column]):
         stop = start + batch.num_rows
         wanted = rows[slice(*np.searchsorted(rows, (start, stop)))]
-        values = batch.column(0).take(wanted - start).to_pylist()
-        for value in values:
+        for value in python_values(batch.column(0).take(wanted - start), shard.path):
             yield _encoded(value, folder)
         start = stop
         if start > rows[-1]:
@@ -218,7 +219,7 @@ def _paths_of_images(shard: _Shard) -> Iterator[tuple[int, str]]:
         return
     row = 0
     for batch in shard.file.iter_batches(READ_BATCH, columns=[shard.image_column]):
-        for value in batch.column(0).to_pylist():
+        for value in python_values(batch.column(0), shard.path):
             name = value if isinstance(value, str) else (value or {}).get("path")
             if name and (isinstance(value, str) or value.get("bytes") is None):
                 yield row, name

@@ -102,6 +102,8 @@ class DataRequest:
                 raise ConfigError(
                     f"--{name} {getattr(self, name)}: this dataset is embedded and reads no files; leave it out"
                 )
+        if self.split != "train":
+            raise ConfigError(f"--split {self.split}: this dataset is embedded and has no parts; leave it out")
         shape = self.source.image_shape
         if shape and self.rule.shape != shape:
             height, width, n_channels = shape
@@ -216,8 +218,10 @@ def list_examples(request: DataRequest, *, strict: bool = True) -> Examples:
     candidates = (request.label_column,) if request.label_column else request.source.label_columns
     required = request.label_column or request.source.classes or request.owner_column is None
     if required or set(candidates) & set(listing.column_names):
-        flag = "--label_column" if request.label_column else "--label_column, or the owners with --contributor_column"
-        column = find_column(request.dataset, "label", candidates, listing.column_names, flag=flag)
+        remedy = "name another with --label_column"
+        if not request.label_column:
+            remedy += ", or the owners with --contributor_column"
+        column = find_column(request.dataset, "label", candidates, listing.column_names, remedy=remedy)
         labels, label_names = read_labels(listing, column)
     else:
         labels, label_names = np.zeros(listing.n_examples, dtype=np.int64), ("image",)
@@ -249,6 +253,7 @@ def _list(request: DataRequest, *, strict: bool) -> Listing:
         strict=strict,
         max_rows=None if source.classes else request.max_examples,
     )
+    _refuse_what_is_not_read(request, data_dir)
     match source.layout:
         case "hub":
             return list_hub(request.dataset.removeprefix(HUB_PREFIX), where, dataset="parquet (or folder)")
@@ -257,7 +262,7 @@ def _list(request: DataRequest, *, strict: bool) -> Listing:
         case "parquet":
             return list_parquet(where)
     if data_dir is not None:
-        return list_folder(where) if _holds_images(data_dir, source) else list_parquet(where)
+        return list_folder(where) if _is_folder_of_images(data_dir, source) else list_parquet(where)
     if source.hub is None:
         raise DataError(
             f"--data_dir is missing: {request.dataset} is {source.description}. Get it ({source.origin}) and give a "
@@ -267,7 +272,27 @@ def _list(request: DataRequest, *, strict: bool) -> Listing:
     return list_hub(source.hub, where, dataset=request.dataset)
 
 
-def _holds_images(data_dir: Path, source: Source) -> bool:
+def _refuse_what_is_not_read(request: DataRequest, data_dir: Path | None) -> None:
+    """Refuse options that would be ignored, and with them the wish behind them.
+
+    Raises:
+        ConfigError: A part or an image column is named for a folder of images, or a part for a single file.
+    """
+    if data_dir is None:
+        return
+    layout = request.source.layout
+    is_folder = layout == "folder" or (layout == "any" and _is_folder_of_images(data_dir, request.source))
+    if is_folder and request.image_column is not None:
+        raise ConfigError(
+            f"--image_column {request.image_column}: a folder of images has files, named by its table or found in its "
+            "sub-folders; leave it out"
+        )
+    if request.split != "train" and (is_folder or data_dir.is_file()):
+        kind = "a folder of images" if is_folder else "a single file"
+        raise ConfigError(f"--split {request.split}: {kind} has no parts; leave it out, or name the part as --data_dir")
+
+
+def _is_folder_of_images(data_dir: Path, source: Source) -> bool:
     """Whether a folder is one of image files rather than of Parquet files."""
     if not data_dir.is_dir():
         return False
