@@ -147,11 +147,8 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult | None:
         MixedResultsError: The run folder or the store holds a study with other settings.
         ConfigError: This machine cannot do what the settings ask for.
     """
-    preset = config.load_preset()
-    loaded = None
-    if config.full_model.load is not None:
-        loaded = load_model(config.full_model.load)
-        preset = adopt_model(preset, loaded)
+    loaded = None if config.full_model.load is None else load_model(config.full_model.load)
+    preset = study_preset(config, loaded)
     check_settings(config, preset)
     listener.stage("Data")
     worker = Worker(
@@ -242,6 +239,16 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult | None:
         classifier_accuracy=worker.classifier_accuracy,
         provenance=worker.provenance(),
     )
+
+
+def study_preset(config: StudyConfig, loaded: Checkpoint | None) -> Preset:
+    """The recipe of a study: its preset, for the full model that is loaded where one is, with the study's codec.
+
+    Raises:
+        ConfigError: The study names a codec, and neither the preset nor the model has one.
+    """
+    preset = config.load_preset()
+    return (preset if loaded is None else adopt_model(preset, loaded)).with_codec(config.codec)
 
 
 def check_settings(config: StudyConfig, preset: Preset) -> None:
