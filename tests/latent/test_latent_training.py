@@ -22,7 +22,8 @@ from tribute.models.checkpoint import Checkpoint
 from tribute.models.pipelines import adopt_model
 from tribute.seeding import torch_stream
 from tribute.study import latents as study_latents
-from tribute.study.stages import Saving, check_same_data, prune_model, train_model
+from tribute.study.compatibility import check_same_data
+from tribute.study.stages import Saving, prune_model, train_model
 from tribute.study.worker import Worker
 
 MakePreset = Callable[..., Preset]

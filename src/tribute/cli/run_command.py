@@ -68,10 +68,8 @@ def print_dry_run(config: StudyConfig) -> None:
         preset = study_preset(config, None if load is None else load_model(load))
         print_settings({"study": config, "preset": preset})
         return
+    print_line(f"# {load} is not on this machine; its network, noise schedule and codec will replace the preset's")
     print_settings({"study": config, "preset": config.load_preset()})
-    print_line(
-        f"network, noise schedule and codec will be those of {load}, which is not on this machine; the preset's are shown"
-    )
 
 
 def print_behavior(item: BehaviorResult, result: StudyResult) -> None:

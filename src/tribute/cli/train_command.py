@@ -113,6 +113,7 @@ def run(argv: Sequence[str], prog: str) -> None:
         device=arguments.device,
         n_threads=arguments.n_threads,
         reuse_latents=arguments.precompute_stage == "reuse",
+        on_block=EncodingReport(),
         log_with=[arguments.report_to] if arguments.report_to else (),
         project_dir=folder,
     )
