@@ -74,7 +74,12 @@ class UNetConfig(Config):
     downsample_padding: int = Field(default=0, ge=0, description="Padding of the strided convolutions.")
     flip_sin_to_cos: bool = Field(default=False, description="Order of the time embedding.")
     freq_shift: int = Field(default=1, description="Frequency shift of the time embedding.")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout probability in residual layers.")
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Dropout probability in residual layers. With it the result depends on the number of processes.",
+    )
     num_class_embeds: int | None = Field(
         default=None,
         gt=0,
@@ -216,7 +221,8 @@ class SampleConfig(Config):
 class FeatureConfig(Config):
     """Networks through which behaviors see images, and where their weights are.
 
-    None of this enters the identity of an evaluation: that holds hashes of the weights themselves, so a file may move.
+    `extractor` and `max_reference` are part of the identity of an evaluation. The others are not: that holds hashes of
+    the weights themselves, so a file may move.
     """
 
     extractor: str = Field(default="classifier", description="Of behaviors that name none: `fid`, not `fid@clip`.")
@@ -270,6 +276,16 @@ class Preset(Config):
     ckpt_freq: dict[str, PositiveInt] = Field(default_factory=dict, description="Steps between checkpoints.")
     sampling: SampleConfig = SampleConfig()
 
+    @model_validator(mode="after")
+    def _leaves_latents_as_they_are(self) -> Self:
+        schedule = self.noise_schedule
+        if self.codec is not None and (schedule.clip_sample or schedule.thresholding):
+            raise ValueError(
+                "noise_schedule.clip_sample and thresholding: expected false with a codec, since latents leave "
+                f"[-1, 1]; found {schedule.clip_sample} and {schedule.thresholding}"
+            )
+        return self
+
     @property
     def image_size(self) -> int:
         """Height and width of the images that the recipe is for, pixels."""
@@ -281,7 +297,9 @@ class Preset(Config):
         return self.unet.in_channels if self.codec is None else self.codec.image_channels
 
     def with_codec(self, path: str | None) -> Preset:
-        """The same with the codec at another place; None changes nothing.
+        """The same with the codec at another place; None, and the place where it is, change nothing.
+
+        Sub-folder, revision and scaling factor go with the place: the other codec has its own.
 
         Raises:
             ConfigError: The preset has no codec.
@@ -293,7 +311,10 @@ class Preset(Config):
                 f"--codec {path}: expected a preset of latent diffusion, found one of pixels ({self.dataset}); leave "
                 "--codec out, or give a --preset file with codec settings"
             )
-        return self.replace(codec={**self.codec.model_dump(), "path": path, "subfolder": None, "revision": None})
+        if path == self.codec.path:
+            return self
+        of_that_place = {"subfolder": None, "revision": None, "scaling_factor": None}
+        return self.replace(codec={**self.codec.model_dump(), **of_that_place, "path": path})
 
     def train_config(self, method: str, **changes: Any) -> TrainConfig:
         """The training settings of a method, with every `changes` that is not None applied.
@@ -376,8 +397,9 @@ class FullModelConfig(StudyModelConfig):
 
     @model_validator(mode="after")
     def _is_trained_or_loaded(self) -> Self:
-        if self.load is not None and (self.n_steps, self.batch_size, self.lr) != (None, None, None):
-            raise ValueError("a model that is loaded is not trained: give load, or n_steps, batch_size and lr")
+        given = [name for name in StudyModelConfig.model_fields if getattr(self, name) is not None]
+        if self.load is not None and given:
+            raise ValueError(f"a model that is loaded is not trained: give load, or {', '.join(given)}")
         return self
 
 
@@ -487,8 +509,11 @@ class StudyConfig(Config):
         return self.db or str(self.run_dir / "results.db")
 
     def load_preset(self) -> Preset:
-        """The preset of the study, with the study's precision, optimizer and sampling settings applied."""
-        preset = load_preset(self.preset or default_preset(self.dataset)).with_codec(self.codec)
+        """The preset of the study, with the study's precision, optimizer and sampling settings applied.
+
+        Its `codec` is not: a model that is loaded replaces the preset's codec first (`study.run.study_preset`).
+        """
+        preset = load_preset(self.preset or default_preset(self.dataset))
         training = {
             method: preset.train_config(
                 method, mixed_precision=self.mixed_precision, use_8bit_optimizer=self.use_8bit_optimizer

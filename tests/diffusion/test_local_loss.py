@@ -117,6 +117,8 @@ def test_losses_depend_on_nothing_but_model_image_and_seed(unet_config: UNetConf
         again = image_losses(model, schedule, CLEAN, n_noises=5, noise_seed=0, batch_size=batch_size)
         np.testing.assert_allclose(again.simple, found.simple, rtol=1e-5)
         np.testing.assert_allclose(again.elbo, found.elbo, rtol=1e-5)
+    filled = image_losses(model, schedule, CLEAN, n_noises=5, noise_seed=0, batch_size=4, fill_up=True)
+    np.testing.assert_allclose(filled.elbo, found.elbo, rtol=1e-5)
     first = image_losses(model, schedule, CLEAN[:1], n_noises=5, noise_seed=0)
     np.testing.assert_allclose(first.simple, found.simple[:1], rtol=1e-5)
     other_seed = image_losses(model, schedule, CLEAN, n_noises=5, noise_seed=1)
@@ -144,3 +146,11 @@ def test_a_conditional_model_is_given_the_labels_of_the_images() -> None:
 def test_no_noise_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"n_noises.*found 0"):
         image_losses(Known(lambda noisy, _: noisy), build_noise_schedule(SCHEDULE), CLEAN, n_noises=0, noise_seed=0)
+
+
+def test_a_compiled_network_sees_batches_of_one_size(unet_config: UNetConfig) -> None:
+    sizes: list[int] = []
+    model = build_unet(unet_config, opt_seed=1)
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    image_losses(model, build_noise_schedule(SCHEDULE), CLEAN[:1], n_noises=5, noise_seed=0, batch_size=4, fill_up=True)
+    assert sizes == [4, 4]

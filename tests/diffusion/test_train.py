@@ -344,6 +344,25 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     assert all(value.isfinite().all() for found in saved for value in (*found.unet.values(), *found.ema.values()))
 
 
+def test_a_run_that_fails_leaves_the_network_as_it_came(
+    trainer: Trainer, unet_config: UNetConfig, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several processes the network is wrapped to train; what wraps it is taken off whatever happens."""
+    taken_off: list[Any] = []
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    monkeypatch.setattr(trainer.accelerator, "prepare_model", torch.nn.Sequential)
+    monkeypatch.setattr(trainer.accelerator, "unwrap_model", lambda model, **_: taken_off.append(model))
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(trainer, "_steps", fail)
+    model = build_unet(unet_config)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train(model, rows, TrainConfig(n_steps=1, batch_size=4))
+    assert [wrapper[0] is model for wrapper in taken_off] == [True]
+
+
 def test_infinite_gradients_of_a_finite_loss_end_the_run(
     trainer: Trainer, unet_config: UNetConfig, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,8 @@ from diffusers.models.autoencoders.vq_model import VQModel
 from tribute.config import CodecConfig, UNetConfig
 from tribute.diffusion.sample import from_uint8
 from tribute.errors import CheckpointError, ConfigError, TributeError
-from tribute.models.codec import WEIGHTS, CodecFiles, check_codec_fits, find_codec, load_codec
+from tribute.models.codec import CodecFiles, check_codec_fits, find_codec, load_codec
+from tribute.models.hub import WEIGHTS_NAME
 from tribute.types import Images
 
 SaveCodec = Callable[..., Path]
@@ -129,16 +130,16 @@ def test_a_codec_that_does_not_fit_the_network_is_refused_with_both_sizes(
 
 
 def pickled(folder: Path) -> None:
-    (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
+    (folder / WEIGHTS_NAME).rename(folder / "diffusion_pytorch_model.bin")
 
 
 def without_weights(folder: Path) -> None:
-    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS_NAME).unlink()
 
 
 def half_the_weights(folder: Path) -> None:
-    content = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+    content = (folder / WEIGHTS_NAME).read_bytes()
+    (folder / WEIGHTS_NAME).write_bytes(content[: len(content) // 2])
 
 
 def changed_config(**changes: object) -> Callable[[Path], None]:
@@ -153,7 +154,7 @@ def changed_config(**changes: object) -> Callable[[Path], None]:
     ("damage", "message"),
     [
         (pickled, "is a pickle.*use_safetensors=False.*save_pretrained.*--codec"),
-        (without_weights, f"expected {WEIGHTS} .* found none"),
+        (without_weights, f"expected {WEIGHTS_NAME} .* found none"),
         (half_the_weights, "cannot be read"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json that is missing or damaged"),
         (changed_config(_class_name="UNet2DModel"), "expected a VQModel or a AutoencoderKL, found 'UNet2DModel'"),

@@ -23,6 +23,14 @@ MakePreset = Callable[..., Preset]
 BEHAVIORS = "import numpy as np\n\n\ndef brightness(images):\n    return float(images.mean())\n"
 
 
+class Silent:
+    """A listener that says nothing."""
+
+    def stage(self, title: str) -> None: ...
+    def message(self, text: str) -> None: ...
+    def progress(self, title: str, n_done: int, n_total: int, text: str) -> None: ...
+
+
 @pytest.fixture
 def workshop(tmp_path: Path, latent_preset: MakePreset, photo_parquet: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Flags of a working folder with a preset, data and a behavior."""
@@ -99,6 +107,36 @@ def test_the_codec_can_be_elsewhere_but_not_another(
     assert "main.py" in refused("unlearn", f"{measure} --precompute_stage save", capsys)
 
 
+def test_a_study_of_a_latent_model_uses_its_codec_where_the_study_says(
+    workshop: str, codecs: dict[str, Path], photo_parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The preset of the study is one of pixels: network and codec are those of the model."""
+    import shutil
+
+    shutil.copytree(codecs["kl"], tmp_path / "moved")
+    preset = Preset.from_yaml(Path("tiny.yaml"))
+    tribute("train", f"{workshop} --preset tiny.yaml --method retrain")
+    Path("pixels.yaml").write_text(preset.replace(codec=None, dataset="pixels").to_yaml())
+    study = {
+        "name": "loaded",
+        "dataset": "cifar",
+        "data_dir": str(photo_parquet),
+        "preset": "pixels.yaml",
+        "codec": "moved",
+        "behaviors": ["light:brightness"],
+        "full_model": {"load": "results/cifar/retrain/models/full"},
+        "fit": {"n_coalitions": 6, "n_end_points": 1},
+        "test": {"n_coalitions": 0},
+    }
+    Path("study.yaml").write_text(yaml.safe_dump(study))
+    capsys.readouterr()
+    tribute("run", "study.yaml --dry_run")
+    shown = yaml.safe_load(capsys.readouterr().out)["preset"]
+    assert shown["codec"]["path"] == "moved" and shown["dataset"] == "pixels"
+    assert run_study(StudyConfig.from_yaml(Path("study.yaml")), Silent()) is not None
+    tribute("prune", "--load results/cifar/retrain/models/full --preset pixels.yaml --codec moved")
+
+
 def test_codec_flags_are_for_latent_presets(workshop: str, capsys: pytest.CaptureFixture[str]) -> None:
     digits = "--dataset digits --method retrain --n_steps 1"
     assert "one of pixels" in refused("train", f"{digits} --codec codec", capsys)
@@ -125,11 +163,6 @@ def test_the_published_network_is_shown_without_network_or_data(
 def test_a_whole_study_runs_on_latents(
     tmp_path: Path, workshop: str, photo_parquet: Path, codecs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Silent:
-        def stage(self, title: str) -> None: ...
-        def message(self, text: str) -> None: ...
-        def progress(self, title: str, n_done: int, n_total: int, text: str) -> None: ...
-
     values = {
         "name": "latent",
         "dataset": "cifar",

@@ -19,9 +19,11 @@ from tribute.errors import CheckpointError, ConfigError, DataError, MixedResults
 from tribute.models import codec as codec_module
 from tribute.models.build import build_unet
 from tribute.models.checkpoint import Checkpoint
+from tribute.models.pipelines import adopt_model
 from tribute.seeding import torch_stream
 from tribute.study import latents as study_latents
-from tribute.study.stages import Saving, check_same_data, prune_model, train_model
+from tribute.study.compatibility import check_same_data
+from tribute.study.stages import Saving, prune_model, train_model
 from tribute.study.worker import Worker
 
 MakePreset = Callable[..., Preset]
@@ -154,6 +156,30 @@ def test_a_model_remembers_its_codec_and_refuses_another(tmp_path: Path, make_wo
         check_same_data(full, other)
     with pytest.raises(MixedResultsError, match="codec: saved"):
         train(other, tmp_path)
+
+
+def test_a_recipe_for_a_model_of_ours_has_its_codec(
+    tmp_path: Path, make_worker: MakeWorker, latent_preset: MakePreset
+) -> None:
+    full = train(make_worker(), tmp_path)
+    assert adopt_model(latent_preset("kl"), full) == latent_preset()
+    pixels = latent_preset().replace(codec=None)
+    assert adopt_model(pixels, full) == latent_preset()
+
+
+def test_another_place_of_the_codec_brings_its_own_scaling(latent_preset: MakePreset) -> None:
+    preset = latent_preset()
+    preset = preset.replace(codec={**dict(preset.codec or {}), "scaling_factor": 1.0})
+    moved = preset.with_codec("elsewhere").codec
+    assert moved is not None and (moved.path, moved.scaling_factor, moved.factor) == ("elsewhere", None, 2)
+    assert preset.codec is not None and preset.with_codec(preset.codec.path) == preset
+
+
+def test_samplers_that_clip_latents_are_refused(latent_preset: MakePreset) -> None:
+    schedule = latent_preset().noise_schedule
+    for name in ("clip_sample", "thresholding"):
+        with pytest.raises(ConfigError, match=rf"{name}.* expected false with a codec"):
+            latent_preset(noise_schedule=schedule.replace(**{name: True}).model_dump())
 
 
 def test_pruning_measures_importance_on_latents(tmp_path: Path, make_worker: MakeWorker) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tribute.config import NoiseScheduleConfig, Preset, PruneConfig, UNetConfig, load_preset
-from tribute.errors import CheckpointError, NotImplementedYet
+from tribute.config import NoiseScheduleConfig, PruneConfig, UNetConfig, load_preset
+from tribute.errors import CheckpointError, ConfigError
 from tribute.models import pipelines
 from tribute.models.build import build_noise_schedule, build_unet
 from tribute.models.checkpoint import Checkpoint, build_model, save_checkpoint
@@ -308,11 +308,11 @@ def test_a_latent_pipeline_names_its_codec(write_pipeline: WritePipeline) -> Non
         "factor": 4,
         "image_channels": 3,
     }
-    if "codec" in Preset.model_fields:
-        assert adopt_model(load_preset("digits"), found).model_dump()["codec"]["factor"] == 4
-    else:
-        with pytest.raises(NotImplementedYet, match="codec"):
-            adopt_model(load_preset("digits"), found)
+    with pytest.raises(ConfigError, match=r"clip_sample .*expected false with a codec"):
+        adopt_model(load_preset("digits"), found)  # its scheduler clips
+    edit(folder / "scheduler" / "scheduler_config.json", clip_sample=False)
+    adopted = adopt_model(load_preset("digits"), load_model(folder)).codec
+    assert adopted is not None and adopted.factor == 4
     edit(folder / "vqvae" / "config.json", _class_name="AutoencoderTiny")
     with pytest.raises(CheckpointError, match="AutoencoderTiny"):
         load_model(folder)
@@ -349,7 +349,7 @@ def test_a_model_of_the_hub_is_read_in_two_steps(
     snapshot = tmp_path / "snapshots" / ("c" * 40)
     asked: list[list[str]] = []
 
-    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(name: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool) -> str:
         asked.append(allow_patterns)
         assert (name, revision) == ("owner/digits", "v1")
         for pattern in allow_patterns:

@@ -47,9 +47,8 @@ def comparison(full: Checkpoint, noise_schedule: NoiseScheduleConfig, **changes:
     return FullModelComparison(
         full,
         noise_schedule=noise_schedule,
-        data_fingerprint="print",
         label_counts=LABEL_COUNTS,
-        **(settings | changes),
+        **({"image_size": full.meta["unet"]["sample_size"]} | settings | changes),
     )
 
 
@@ -121,15 +120,52 @@ def test_variants_tell_apart_what_cannot_be_compared(save: Save, noise_schedule:
     assert variant(average) != variant(average, config=fewer)
     assert variant(loss) == variant(loss, config=fewer) != variant(loss, config=noises)
     assert variant(single) == variant(single, sampling=SAMPLING.replace(n_samples=50, batch_size=1))
-    for changed in ({"noise_seed": 1}, {"num_inference_steps": 2}, {"sampler": "ddim"}, {"use_ema": False}):
+    for changed in (
+        {"noise_seed": 1},
+        {"num_inference_steps": 2},
+        {"sampler": "ddim"},
+        {"use_ema": False},
+        {"mixed_precision": "bf16"},
+    ):
         assert variant(single) != variant(single, sampling=SAMPLING.replace(**changed))
     assert variant(single) != variant(single, full=save(seed=3))
+
+
+def test_settings_do_not_depend_on_how_behaviors_were_asked_for(
+    save: Save, noise_schedule: NoiseScheduleConfig
+) -> None:
+    full = save()
+
+    def settings(*names: str, n_noises: int = 3) -> dict[str, Any]:
+        config = LOCAL.replace(n_noises=n_noises)
+        return comparison(full, noise_schedule, names=names, config=config).settings()
+
+    assert (
+        settings("avg_mse", "avg_ssim") == settings("avg_ssim", "avg_mse") == settings("avg_mse", "avg_ssim", "avg_mse")
+    )
+    assert settings("avg_mse") != settings("avg_mse", "avg_ssim")
+    assert settings("avg_mse") == settings("avg_mse", n_noises=4)
+    assert settings("avg_total_loss") != settings("avg_total_loss", n_noises=4)
+
+
+def test_what_is_not_defined_is_left_out_of_local_and_refused_by_name(
+    save: Save, noise_schedule: NoiseScheduleConfig
+) -> None:
+    ends_in_noise = noise_schedule.replace(rescale_betas_zero_snr=True)
+    full = save(noise_schedule=ends_in_noise.model_dump(mode="json"))
+    names = comparison(full, ends_in_noise).definitions()
+    assert "avg_total_loss" in names and not any("elbo" in name for name in names)
+    with pytest.raises(ConfigError, match=r"avg_elbo_loss: .* noise alone"):
+        comparison(full, ends_in_noise, names=["avg_elbo_loss"])
+    small = comparison(save(), noise_schedule, image_size=6).definitions()
+    assert "avg_mse" in small and not any("ssim" in name for name in small)
+    with pytest.raises(ConfigError, match=r"generated_image_0_ssim: .*7x7 pixels, found images of 6"):
+        comparison(save(), noise_schedule, image_size=6, names=["generated_image_0_ssim"])
 
 
 @pytest.mark.parametrize(
     ("meta", "message"),
     [
-        ({"data": {"fingerprint": "other"}}, "other data"),
         ({"coalition": "110"}, r"coalition 110.*everybody"),
         ({"noise_schedule": {"num_train_timesteps": 77}}, "noise schedule"),
     ],
@@ -166,11 +202,22 @@ def test_a_study_fits_averages_and_stores_every_image(make_study: Callable[..., 
 
 def test_a_worker_says_what_local_behaviors_need(make_study: Callable[..., StudyConfig], save: Save) -> None:
     config = make_study()
-    worker = Worker(config.data, config.load_preset(), behaviors=["avg_mse"])
+    preset = config.load_preset()
+    worker = Worker(config.data, preset, behaviors=["avg_mse"])
     method = worker.as_is(save())
     with pytest.raises(ConfigError, match=r"avg_mse.*compare_with"):
         worker.value_function(method, SAMPLING)
-    full = save(noise_schedule=config.load_preset().noise_schedule.model_dump(mode="json"))
+    facts = {
+        "noise_schedule": preset.noise_schedule.model_dump(mode="json"),
+        "data": {"fingerprint": worker.data.fingerprint},
+    }
+    full = save(**facts)
+    with pytest.raises(MixedResultsError, match="other data"):
+        worker.compare_with(save(**{**facts, "data": {"fingerprint": "other"}}), SAMPLING, LOCAL)
+    with pytest.raises(MixedResultsError, match="another codec"):
+        worker.compare_with(save(**facts, codec={"path": "p", "fingerprint": "other"}), SAMPLING, LOCAL)
+    with pytest.raises(MixedResultsError, match=r"1 channels of 16x16, .* 1 of 8x8"):
+        worker.compare_with(save(**facts, unet={"sample_size": 16}), SAMPLING, LOCAL)
     sampling = worker.compare_with(full, SAMPLING.replace(n_samples=1000), LOCAL)
     assert sampling.n_samples == 5, "no behavior describes all images together"
     worker.value_function(method, sampling)

@@ -12,6 +12,7 @@ import pytest
 from tribute.behaviors import extractors
 from tribute.behaviors.extractors import register_extractor
 from tribute.behaviors.features import Features
+from tribute.behaviors.reference import fixed_rows
 from tribute.config import DataConfig, FeatureConfig, load_preset
 from tribute.errors import BehaviorError, ConfigError
 from tribute.study.worker import Worker
@@ -85,7 +86,7 @@ def test_real_images_are_seen_only_if_something_compares_with_them(make_worker, 
 def test_only_extractors_in_use_are_loaded(make_worker, loaded: list[Pixels], ink_module: str) -> None:
     worker = make_worker(f"{ink_module}:brightness")
     worker.measure(worker.data.images[:3])
-    assert loaded == [] and not worker.uses_features and worker.classifier_accuracy is None
+    assert loaded == [] and worker.classifier_accuracy is None
     worker = make_worker("vendi@two")
     worker.behavior_definitions()
     assert [e.name for e in loaded] == ["two"] and worker.classifier_accuracy is None
@@ -93,7 +94,9 @@ def test_only_extractors_in_use_are_loaded(make_worker, loaded: list[Pixels], in
 
 @pytest.fixture
 def ink_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    (tmp_path / "ink_for_measurement.py").write_text("def brightness(images): return float(images.mean())")
+    (tmp_path / "ink_for_measurement.py").write_text(
+        "def brightness(images): return float(images.mean())\ndef broken(images): return 1 / 0\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     return "ink_for_measurement"
 
@@ -131,3 +134,56 @@ def test_what_is_missing_is_found_before_anything_is_measured(make_worker, loade
     worker = make_worker("aesthetic_score@one")
     with pytest.raises(BehaviorError, match="--aesthetic_head PATH"):
         worker.behavior_definitions()
+
+
+@pytest.mark.parametrize(
+    ("behaviors", "message"),
+    [
+        (("fid", "fid_value"), "measured once"),
+        (("kid", "fid", "kid"), "measured once"),
+        (("inception_score@clip",), r"needs class probabilities; .*'clip' has none"),
+    ],
+)
+def test_behaviors_that_cannot_be_measured_are_refused_at_once(
+    make_worker, loaded: list[Pixels], behaviors: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_worker(*behaviors)
+    assert loaded == []
+
+
+def test_sampling_that_is_too_little_or_too_long_is_refused_at_once(make_worker, loaded: list[Pixels]) -> None:
+    worker = make_worker("fid")
+    sampling = worker.preset.sampling
+    worker.check_sampling(sampling)
+    with pytest.raises(BehaviorError, match=r"'fid' .*needs at least 2 images; found 1"):
+        worker.check_sampling(sampling.replace(n_samples=1))
+    with pytest.raises(ConfigError, match="num_inference_steps: expected at most the 1000"):
+        worker.check_sampling(sampling.replace(num_inference_steps=1001))
+    with pytest.raises(ConfigError, match="guidance_scale"):
+        worker.check_sampling(sampling.replace(guidance_scale=2.0))
+
+
+def test_settings_of_extractors_that_nobody_reads_are_refused(make_worker, loaded: list[Pixels]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"features.weights: expected extractors inception, one, two, vgg16; found inc"
+    ):
+        make_worker("fid", weights={"incepton": "w.safetensors"})
+    with pytest.raises(ConfigError, match=r"features.models: expected extractors blip, clip, one, two; found vgg16"):
+        make_worker("fid", models={"vgg16": "folder"})
+    make_worker("fid", models={"one": "folder"}, weights={"vgg16": "w.safetensors"})
+
+
+def test_real_images_are_measured_from_what_is_known_of_them(
+    make_worker, loaded: list[Pixels], ink_module: str
+) -> None:
+    """A fixed draw, not the first ones; no second pass; what cannot be measured is left out."""
+    worker = make_worker("fid", "vendi", f"{ink_module}:brightness", f"{ink_module}:broken")
+    n_real = len(worker.data.reference_images)
+    values = worker.measurement.measure_real(50)
+    assert list(values) == ["fid", f"{ink_module}:brightness"]
+    assert loaded[0].n_seen == n_real
+    rows = fixed_rows(n_real, 50)
+    assert values[f"{ink_module}:brightness"] == worker.data.reference_images[rows].mean()
+    expected = make_worker("fid").measure(worker.data.reference_images[rows])["fid"]
+    np.testing.assert_allclose(values["fid"], expected, rtol=1e-6)

@@ -12,7 +12,7 @@ from tiny_study import TINY_PRESET, SilentListener
 
 from tribute.config import StudyConfig
 from tribute.errors import ConfigError, MixedResultsError
-from tribute.models.checkpoint import load_last_intact
+from tribute.models.checkpoint import load_checkpoint, load_last_intact, save_checkpoint
 from tribute.store.records import Store
 from tribute.study.outputs import summary
 from tribute.study.run import run_study
@@ -57,9 +57,41 @@ def test_a_study_of_a_checkpoint_of_ours_is_the_study_that_trained_it(make_study
     assert values(loaded) == values(trained)
 
 
-def test_a_model_is_trained_or_loaded(make_study: MakeStudy) -> None:
-    with pytest.raises(ConfigError, match="a model that is loaded is not trained"):
-        make_study(full_model={"load": "owner/name", "n_steps": 5})
+@pytest.mark.parametrize("setting", ["n_steps", "batch_size", "gradient_accumulation_steps", "lr"])
+def test_a_model_is_trained_or_loaded(make_study: MakeStudy, setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"a model that is loaded is not trained: give load, or {setting}"):
+        make_study(full_model={"load": "owner/name", setting: 5})
+
+
+def test_a_pruned_model_and_one_of_a_part_are_no_full_models(make_study: MakeStudy, tmp_path: Path) -> None:
+    trained = make_study(name="trained", **SMALL, **NO_TEST)
+    run_study(trained, SilentListener())
+    pruned = next(trained.run_dir.glob("digits/pruned/models/*"))
+    with pytest.raises(MixedResultsError, match=r"full_model.load: .* is pruned"):
+        run_study(make_study(name="pruned", full_model={"load": str(pruned)}, **SMALL), SilentListener())
+    full = load_checkpoint(trained.run_dir / "digits" / "retrain" / "models" / "full")
+    meta = {**full.meta, "coalition": "0111111111"}
+    path = save_checkpoint(tmp_path / "part", n_steps=1, unet=full.unet, ema=full.ema, meta=meta)
+    with pytest.raises(MixedResultsError, match=r"full_model.load: .* coalition 0111111111"):
+        run_study(make_study(name="part", full_model={"load": str(path)}, **SMALL), SilentListener())
+
+
+def test_what_cannot_be_measured_or_trained_is_refused_before_anything_is_trained(
+    make_study: MakeStudy, tmp_path: Path
+) -> None:
+    mixed = {**TINY_PRESET, "training": dict(TINY_PRESET["training"])}
+    mixed["training"]["gd"] = {**mixed["training"]["gd"], "mixed_precision": "bf16"}
+    (tmp_path / "mixed.yaml").write_text(yaml.safe_dump(mixed))
+    for changes, message in (
+        ({"preset": str(tmp_path / "mixed.yaml")}, "mixed_precision: .* in one precision; found .*gd bf16"),
+        ({"behaviors": ["generated_image_9_mse"], "local": {"n_samples": 3}}, "images 0 to 2 are compared"),
+        ({"sampling": {"num_inference_steps": 1001}}, "num_inference_steps"),
+        ({"sampling": {"guidance_scale": 2.0}}, "guidance_scale"),
+    ):
+        config = make_study(**changes)
+        with pytest.raises(ConfigError, match=message):
+            run_study(config, SilentListener())
+        assert not config.run_dir.exists()
 
 
 def test_a_conditional_study_trains_prunes_and_samples_with_labels(

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from tribute.behaviors.extractors import extractor_names
+from tribute.behaviors.extractors import WITHOUT_CLASSES, extractor_names
 from tribute.behaviors.features import FeatureExtractor, Features, check_images
 from tribute.behaviors.reference import Reference, Statistic
 from tribute.config import FeatureConfig
@@ -30,6 +30,8 @@ __all__ = [
     "Statistic",
     "behavior_names",
     "behavior_variant",
+    "check_behaviors",
+    "check_enough_images",
     "extractor_of",
     "get_behavior",
     "measure_behaviors",
@@ -49,8 +51,9 @@ class ModelBehavior(Protocol):
 
     One file with such a class and one line in `_REGISTRY` (or a call of `register_behavior`) add a behavior.
 
-    Four more members are optional. `extractor`, the name of the feature extractor it is defined for; without it, the
-    study's. `uses_reference`, False if no real images are looked at. `frozen(reference)`, text that identifies what
+    Five more members are optional. `extractor`, the name of the feature extractor it is defined for; without it, the
+    study's. `uses_reference`, False if no real images are looked at. `uses_probabilities`, True if it needs an
+    extractor that classifies. `frozen(reference)`, text that identifies what
     was chosen by looking at the real images; it ends the variant. `with_settings(features)`, which returns the
     behavior with what a `FeatureConfig` says of it.
     """
@@ -168,6 +171,10 @@ class SeenBy:
     @property
     def uses_reference(self) -> bool:
         return uses_reference(self.behavior)
+
+    @property
+    def uses_probabilities(self) -> bool:
+        return uses_probabilities(self.behavior)
 
     def measure(self, generated: Features, reference: Reference) -> float:
         return self.behavior.measure(generated, reference)
@@ -337,6 +344,48 @@ def uses_reference(behavior: ModelBehavior) -> bool:
     return behavior.uses_features and getattr(behavior, "uses_reference", True)
 
 
+def uses_probabilities(behavior: ModelBehavior) -> bool:
+    """Whether `behavior` needs an extractor that classifies."""
+    return behavior.uses_features and getattr(behavior, "uses_probabilities", False)
+
+
+def check_behaviors(behaviors: Sequence[ModelBehavior], *, default_extractor: str | None = None) -> None:
+    """Refuse behaviors that cannot be measured together, or not through their extractors.
+
+    Args:
+        behaviors: To be measured.
+        default_extractor: Extractor of those that name none; None leaves that open.
+
+    Raises:
+        ConfigError: Two have one name, or one needs class probabilities that its extractor does not give.
+    """
+    names = [behavior.name for behavior in behaviors]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"Each behavior is measured once; found {', '.join(names)}. Remove the repeated ones.")
+    for behavior in behaviors:
+        name = extractor_of(behavior)
+        name = default_extractor if name == DEFAULT_EXTRACTOR else name
+        if uses_probabilities(behavior) and name in WITHOUT_CLASSES:
+            raise ConfigError(
+                f"Behavior {behavior.name!r} needs class probabilities; the feature extractor {name!r} has none. "
+                "Choose one that classifies, as in inception_score@inception, or another behavior."
+            )
+
+
+def check_enough_images(behaviors: Sequence[ModelBehavior], n_images: int) -> None:
+    """Refuse fewer images than a behavior needs.
+
+    Raises:
+        BehaviorError: There are fewer.
+    """
+    for behavior in behaviors:
+        if n_images < behavior.min_images:
+            raise BehaviorError(
+                f"Behavior {behavior.name!r} ({behavior.variant}) needs at least {behavior.min_images} "
+                f"images; found {n_images}. Generate more images, or leave this behavior out."
+            )
+
+
 def behavior_variant(
     behavior: ModelBehavior, extractor: FeatureExtractor | None, reference: Reference | None = None
 ) -> str:
@@ -381,15 +430,8 @@ def measure_behaviors(
         MixedResultsError: A reference was made by another extractor.
     """
     check_images(images)
-    names = [behavior.name for behavior in behaviors]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"Each behavior is measured once; found {', '.join(names)}. Remove the repeated ones.")
-    for behavior in behaviors:
-        if len(images) < behavior.min_images:
-            raise BehaviorError(
-                f"Behavior {behavior.name!r} ({behavior.variant}) needs at least {behavior.min_images} "
-                f"images; found {len(images)}. Generate more images, or leave this behavior out."
-            )
+    check_behaviors(behaviors)
+    check_enough_images(behaviors, len(images))
     extractors = _by_name(extractor)
     references = _by_name(reference, names=extractors)
     _check_what_is_needed(behaviors, extractors, references)

@@ -42,6 +42,7 @@ class InceptionScore:
     higher_is_better: ClassVar[bool] = True
     uses_features: ClassVar[bool] = True
     uses_reference: ClassVar[bool] = False
+    uses_probabilities: ClassVar[bool] = True
 
     @property
     def name(self) -> str:

@@ -89,21 +89,27 @@ def split_local(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]
     return local, tuple(name for name in names if name not in local)
 
 
-def local_behaviors(names: Sequence[str], n_images: int) -> list[LocalBehavior]:
+def local_behaviors(
+    names: Sequence[str], n_images: int, *, undefined: Mapping[str, str] | None = None
+) -> list[LocalBehavior]:
     """The behaviors that some names mean, each once; `local` means the averages, then all single images.
 
     Args:
         names: Each is `local` or the name of a local behavior.
         n_images: Images that are compared.
+        undefined: Quantities that these images or models do not have, with the reason; `local` leaves them out.
 
     Raises:
-        ConfigError: An image that is not among them, or a name that is no local behavior's.
+        ConfigError: An image that is not among them, a quantity that is undefined, or a name that is no local
+            behavior's.
     """
+    undefined = undefined or {}
+    quantities = [quantity for quantity in PER_IMAGE if quantity not in undefined]
     found: dict[LocalBehavior, None] = {}
     for name in names:
         if name == LOCAL:
-            found |= dict.fromkeys(LocalBehavior(quantity) for quantity in PER_IMAGE)
-            found |= dict.fromkeys(LocalBehavior(quantity, i) for i in range(n_images) for quantity in PER_IMAGE)
+            found |= dict.fromkeys(LocalBehavior(quantity) for quantity in quantities)
+            found |= dict.fromkeys(LocalBehavior(quantity, i) for i in range(n_images) for quantity in quantities)
             continue
         behavior = parse_local(name)
         if behavior is None:
@@ -111,6 +117,8 @@ def local_behaviors(names: Sequence[str], n_images: int) -> list[LocalBehavior]:
                 f"expected {LOCAL}, {', '.join(_QUANTITY_OF_AVERAGE)} or generated_image_NUMBER_QUANTITY; "
                 f"found {name!r}"
             )
+        if behavior.quantity in undefined:
+            raise ConfigError(f"{name}: {behavior.quantity} is not defined here: {undefined[behavior.quantity]}")
         if behavior.image_idx is not None and behavior.image_idx >= n_images:
             raise ConfigError(
                 f"{name}: images 0 to {n_images - 1} are compared; choose one of them, or compare more "

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field
 
 from tribute.cli.arguments import DataArguments, Pruner, parse, print_settings
-from tribute.cli.console import print_line, print_table
+from tribute.cli.console import EncodingReport, print_line, print_table
 from tribute.cli.train_command import prune_settings, training_preset
 from tribute.models.pipelines import load_model
 from tribute.study.layout import dataset_name, models_dir, pruning_name
@@ -43,10 +43,11 @@ def run(argv: Sequence[str], prog: str) -> None:
         print_settings({"source": source, "prune": prune, "load": full.path, "folder": folder})
         return
 
-    from tribute.study.stages import check_same_data, prune_model
+    from tribute.study.compatibility import check_same_data
+    from tribute.study.stages import prune_model
     from tribute.study.worker import Worker
 
-    worker = Worker(source, preset, device=arguments.device, n_threads=arguments.n_threads)
+    worker = Worker(source, preset, device=arguments.device, n_threads=arguments.n_threads, on_block=EncodingReport())
     check_same_data(full, worker)
     pruned, result = prune_model(worker, full, prune, folder)
     figures = pruned.meta["pruning"]

@@ -14,8 +14,9 @@ from tribute.cli.arguments import RuntimeArguments, parse, print_settings
 from tribute.cli.console import StudyReport, print_line, print_table
 from tribute.cli.lds_command import print_attributions, print_comparisons
 from tribute.config import MixedPrecision, StudyConfig
+from tribute.models.pipelines import load_model
 from tribute.study.outputs import direction, shares, write_outputs
-from tribute.study.run import BehaviorResult, StudyResult, run_study
+from tribute.study.run import BehaviorResult, StudyResult, run_study, study_preset
 
 
 class RunArguments(RuntimeArguments):
@@ -48,7 +49,7 @@ def run(argv: Sequence[str], prog: str) -> None:
     if arguments.until_interval is not None:
         config = config.replace(fit=config.fit.replace(until_interval=arguments.until_interval))
     if arguments.dry_run:
-        print_settings({"study": config, "preset": config.load_preset()})
+        print_dry_run(config)
         return
     result = run_study(config, StudyReport())
     if result is None:  # a process of `accelerate launch` that only helps
@@ -58,6 +59,17 @@ def run(argv: Sequence[str], prog: str) -> None:
     print_timings(result)
     for path in write_outputs(result):
         print_line(f"wrote {path}")
+
+
+def print_dry_run(config: StudyConfig) -> None:
+    """The resolved settings; nothing is downloaded for them."""
+    load = config.full_model.load
+    if load is None or Path(load).exists():
+        preset = study_preset(config, None if load is None else load_model(load))
+        print_settings({"study": config, "preset": preset})
+        return
+    print_line(f"# {load} is not on this machine; its network, noise schedule and codec will replace the preset's")
+    print_settings({"study": config, "preset": config.load_preset()})
 
 
 def print_behavior(item: BehaviorResult, result: StudyResult) -> None:

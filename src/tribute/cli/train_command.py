@@ -113,6 +113,7 @@ def run(argv: Sequence[str], prog: str) -> None:
         device=arguments.device,
         n_threads=arguments.n_threads,
         reuse_latents=arguments.precompute_stage == "reuse",
+        on_block=EncodingReport(),
         log_with=[arguments.report_to] if arguments.report_to else (),
         project_dir=folder,
     )
@@ -192,13 +193,9 @@ def find_start(arguments: TrainArguments, prune: PruneConfig) -> Path | None:
 
 
 def training_preset(arguments: DataArguments, dataset: str, start: Checkpoint | None) -> Preset:
-    """The preset of the flags; a model that is loaded keeps its own architecture and noise schedule."""
+    """The preset of the flags; a model that is loaded keeps its own network, noise schedule and codec."""
     if start is None:
         return arguments.load_preset(dataset)
-    if "preset" not in start.meta:
-        return adopt_model(arguments.load_preset(dataset), start)
-    saved = Preset.parse(start.meta["preset"], where=f"{start.path}/config.json")
-    if arguments.preset is None:
-        return saved
-    asked = arguments.load_preset(dataset)
-    return asked.replace(unet=saved.unet.model_dump(), noise_schedule=saved.noise_schedule.model_dump())
+    if arguments.preset is None and "preset" in start.meta:
+        return Preset.parse(start.meta["preset"], where=f"{start.path}/config.json")
+    return adopt_model(arguments.load_preset(dataset), start)

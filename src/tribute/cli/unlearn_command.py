@@ -20,7 +20,7 @@ from tribute.cli.arguments import (
     parse,
     print_settings,
 )
-from tribute.cli.console import print_line, print_table
+from tribute.cli.console import EncodingReport, print_line, print_table
 from tribute.cli.train_command import training_preset
 from tribute.config import LocalConfig, SampleConfig
 from tribute.errors import ConfigError, MixedResultsError, StoreError
@@ -124,9 +124,10 @@ def run(argv: Sequence[str], prog: str) -> None:
 
     from tribute.diffusion.preflight import Launch, check_precision, check_training
     from tribute.store.records import EvaluationSpec, Store
+    from tribute.study.compatibility import check_same_data
     from tribute.study.executors import SerialExecutor
     from tribute.study.outputs import write_image_grid
-    from tribute.study.stages import Saving, check_same_data, checkpoint_policy
+    from tribute.study.stages import Saving, checkpoint_policy
     from tribute.study.team import Team
     from tribute.study.worker import Worker
 
@@ -145,6 +146,7 @@ def run(argv: Sequence[str], prog: str) -> None:
             device=arguments.device,
             n_threads=arguments.n_threads,
             reuse_latents=arguments.precompute_stage == "reuse",
+            on_block=EncodingReport(),
         )
         check_same_data(checkpoint, worker)
         if full is not None:
@@ -217,7 +219,7 @@ def run(argv: Sequence[str], prog: str) -> None:
             )
         present = [name for name, is_in in zip(contributors.names, mask, strict=True) if is_in]
         print_line(f"{len(present)} of {len(mask)} contributors: {', '.join(present) or 'nobody'}")
-        real = worker.measure(worker.data.reference_images[: sampling.n_samples])
+        real = worker.measurement.measure_real(sampling.n_samples)
         shown = worker.reported_behaviors()
         n_hidden = len(record.behaviors) - len(shown)
         rows = [[name, f"{record.behaviors[name]:.4f}", f"{real[name]:.4f}" if name in real else "-"] for name in shown]

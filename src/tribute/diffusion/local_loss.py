@@ -40,6 +40,7 @@ def image_losses(
     noise_seed: int,
     labels: torch.Tensor | None = None,
     batch_size: int = 128,
+    fill_up: bool = False,
 ) -> ImageLosses:
     """Denoising losses of images, estimated at `n_noises` noise levels each.
 
@@ -59,6 +60,7 @@ def image_losses(
         noise_seed: Root seed of the draws.
         labels: `(n_images,)` int64, for a class-conditional model.
         batch_size: Draws per forward pass.
+        fill_up: Fill up a last batch that is smaller, for a network that is compiled for one batch size.
 
     Raises:
         ConfigError: There are no draws.
@@ -76,10 +78,12 @@ def image_losses(
     was_training = model.training
     model.eval()
     for start in range(0, len(image_idx), batch_size):
-        rows = image_idx[start : start + batch_size]
-        timesteps, noise = image_draws(
-            rows, draw_idx[start : start + batch_size], n_noises, n_levels, noise_seed, clean
-        )
+        rows, draws = image_idx[start : start + batch_size], draw_idx[start : start + batch_size]
+        n_rows = len(rows)
+        if fill_up:
+            n_missing = min(batch_size, len(image_idx)) - n_rows
+            rows, draws = (np.pad(idx, (0, n_missing), mode="edge") for idx in (rows, draws))
+        timesteps, noise = image_draws(rows, draws, n_noises, n_levels, noise_seed, clean)
         timesteps, noise = timesteps.to(device), noise.to(device)
         images = clean[torch.from_numpy(rows)].to(device)
         noisy = noise_schedule.add_noise(images, noise, timesteps)  # pyright: ignore[reportArgumentType]
@@ -87,8 +91,8 @@ def image_losses(
         prediction = predict(model, noisy, timesteps, row_labels).float()
         predicted_noise = noise_of_prediction(noise_schedule, prediction, noisy, timesteps)
         error = (predicted_noise - noise).double().square().flatten(1).mean(1)
-        errors.append(error.cpu())
-        weighted.append((weights[timesteps] * error).cpu())
+        errors.append(error[:n_rows].cpu())
+        weighted.append((weights[timesteps] * error)[:n_rows].cpu())
     model.train(was_training)
 
     def per_image(parts: list[torch.Tensor]) -> npt.NDArray[np.float64]:
@@ -119,7 +123,7 @@ def elbo_weights(noise_schedule: DDPMScheduler) -> torch.Tensor:
 
     `beta_t^2 / (2 sigma_t^2 alpha_t (1 - abar_t))` with `sigma_t^2 = beta_t`, the larger of the two usual choices of
     the reverse variance: with the smaller one the first level would weigh infinitely much. The terms of the bound
-    that no model can change are left out.
+    that no model can change are left out. A last level that is noise alone (variance 1) weighs infinitely much.
 
     References:
         Ho, Jain and Abbeel (2020), eq. 12; Kingma et al. (2021) for the bound as a weighted denoising loss.

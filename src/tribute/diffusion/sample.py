@@ -25,7 +25,7 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_MIN_BATCH = 16
+MIN_BATCH = 16
 """Smaller batches are padded: matrix products of 1 to 15 rows round differently from longer ones (MKL, measured)."""
 
 
@@ -40,11 +40,7 @@ def build_sampler(config: SampleConfig, noise_schedule: NoiseScheduleConfig) -> 
     """A deterministic diffusers sampler: DDIM (Song et al. 2021) or DPM-Solver++ 2M (Lu et al. 2022)."""
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-    if config.num_inference_steps > noise_schedule.num_train_timesteps:
-        raise ConfigError(
-            f"num_inference_steps: expected at most the {noise_schedule.num_train_timesteps} noise levels "
-            f"of training, found {config.num_inference_steps}"
-        )
+    check_inference_steps(config, noise_schedule)
     if config.sampler == "ddim":
         return build_ddim_scheduler(noise_schedule)
     schedule = noise_schedule.replace(timestep_spacing=noise_schedule.timestep_spacing or "trailing")
@@ -98,7 +94,7 @@ def sample_images(
     check_precision(config.mixed_precision, device.type)
     prepare_network(model, runtime)
     # A compiled network is compiled for one batch size, so a last batch that is smaller is filled up.
-    min_batch = max(_MIN_BATCH, min(config.batch_size, len(image_idx)) if runtime.compile else 0)
+    min_batch = max(MIN_BATCH, min(config.batch_size, len(image_idx)) if runtime.compile else 0)
     autocast = torch.autocast(device.type, _DTYPES[config.mixed_precision], enabled=config.mixed_precision != "no")
     was_training = model.training
     model.eval()
@@ -121,6 +117,19 @@ def sample_images(
             on_batch(min(start + config.batch_size, len(image_idx)))
     model.train(was_training)
     return np.concatenate(batches)
+
+
+def check_inference_steps(config: SampleConfig, noise_schedule: NoiseScheduleConfig) -> None:
+    """Refuse more denoising steps than there are noise levels.
+
+    Raises:
+        ConfigError: There are more.
+    """
+    if config.num_inference_steps > noise_schedule.num_train_timesteps:
+        raise ConfigError(
+            f"num_inference_steps: expected at most the {noise_schedule.num_train_timesteps} noise levels "
+            f"of training, found {config.num_inference_steps}"
+        )
 
 
 def check_guidance(

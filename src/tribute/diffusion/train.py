@@ -3,7 +3,8 @@
 Nothing in the loop has a memory other than weights, moving average and optimizer: data order,
 noise and timesteps of step k come from streams named by (opt_seed, k). A run that was killed and
 resumed from a checkpoint therefore ends with the weights of one that was not, bit for bit on the
-CPU in float32, and the number of processes does not change the global batch.
+CPU in float32, and the number of processes does not change the global batch. Only dropout, where a
+network has it, is drawn by each process for its share, so that it depends on their number.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +48,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _STATE_PREFIX = "optimizer"
+
+_LONGEST_WAIT = timedelta(days=1)
+"""Of a process for the others: one of them trains the classifier, encodes latents or prunes while they wait."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,7 @@ class Trainer:
         project_dir: Path | None = None,
     ) -> None:
         from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
 
         check_precision(mixed_precision, device)
         if device is not None and ":" in device:
@@ -172,6 +179,7 @@ class Trainer:
                 cpu=device == "cpu",
                 log_with=list(log_with) or None,
                 project_dir=project_dir,
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
             )
         except (ValueError, ImportError) as error:  # e.g. another precision earlier in this process, or no DeepSpeed
             raise ConfigError(
@@ -232,19 +240,51 @@ class Trainer:
         prepare_network(model, self.runtime)
         model.zero_grad(set_to_none=True)  # of a run that was interrupted between two forward passes
         ema = Ema(model, config)
-        optimizer = _build_optimizer(model, config)
-        raw_model = model
+        with self._prepared(model, config) as (wrapped, optimizer):
+            seconds, final_loss = self._steps(
+                model, wrapped, optimizer, ema, example_idx, config, checkpoints, on_log, log_freq
+            )
+        accelerator.wait_for_everyone()  # nobody reads the last checkpoint before it is written
+        return TrainResult(ema=ema.state(), n_steps=config.n_steps, seconds=seconds, final_loss=final_loss)
+
+    @contextmanager
+    def _prepared(self, model: torch.nn.Module, config: TrainConfig) -> Iterator[tuple[torch.nn.Module, Any]]:
+        """The model as the processes train it together, and its optimizer; after that the model is as it came."""
+        accelerator = self.accelerator
+        wrapped, optimizer = model, _build_optimizer(model, config)
         with_deepspeed = uses_deepspeed(accelerator)
         if accelerator.num_processes > 1 or accelerator.mixed_precision != "no" or with_deepspeed:
             accelerator.free_memory()  # it remembers every optimizer that it prepared
-        if with_deepspeed:
-            model, optimizer = prepare_engine(accelerator, model, optimizer, config)
-        elif accelerator.num_processes > 1 or accelerator.mixed_precision != "no":
-            optimizer = accelerator.prepare_optimizer(optimizer)
-        if accelerator.num_processes > 1 and not with_deepspeed:
-            model = accelerator.prepare_model(model)
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(self._scaler_state)  # no run depends on the one before it
+        try:
+            if with_deepspeed:
+                wrapped, optimizer = prepare_engine(accelerator, model, optimizer, config)
+            elif accelerator.num_processes > 1 or accelerator.mixed_precision != "no":
+                optimizer = accelerator.prepare_optimizer(optimizer)
+            if accelerator.num_processes > 1 and not with_deepspeed:
+                wrapped = accelerator.prepare_model(model)
+            if accelerator.scaler is not None:
+                accelerator.scaler.load_state_dict(self._scaler_state)  # no run depends on the one before it
+            yield wrapped, optimizer
+        finally:
+            if wrapped is not model:
+                accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+            if with_deepspeed:
+                model.float()
+
+    def _steps(
+        self,
+        raw_model: torch.nn.Module,
+        model: torch.nn.Module,
+        optimizer: Any,
+        ema: Ema,
+        example_idx: npt.NDArray[np.int64],
+        config: TrainConfig,
+        checkpoints: CheckpointPolicy | None,
+        on_log: Callable[[Progress], None] | None,
+        log_freq: int,
+    ) -> tuple[float, float]:
+        """Do the steps that are left, and save; returns seconds over all parts of the run, and the last mean loss."""
+        accelerator = self.accelerator
         first_step, seconds_before = 0, 0.0
         if checkpoints is not None:
             with accelerator.main_process_first():  # only one process keeps a damaged checkpoint aside
@@ -294,17 +334,11 @@ class Trainer:
                     done,
                     config,
                     seconds_before + time.perf_counter() - started,
-                    resumable=not with_deepspeed,
+                    resumable=not uses_deepspeed(accelerator),
                 )
         if checkpoints is not None and config.n_steps == 0 and accelerator.is_main_process:
             _save(checkpoints, raw_model, ema, optimizer, 0, config, 0.0, resumable=True)
-        if model is not raw_model:
-            accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the caller's model is as it came
-        if with_deepspeed:
-            raw_model.float()
-        accelerator.wait_for_everyone()  # nobody reads the last checkpoint before it is written
-        seconds = seconds_before + time.perf_counter() - started
-        return TrainResult(ema=ema.state(), n_steps=config.n_steps, seconds=seconds, final_loss=final_loss)
+        return seconds_before + time.perf_counter() - started, final_loss
 
     def _mean(self, losses: Sequence[torch.Tensor]) -> float:
         """Mean loss of all processes, each of which has its share of every batch."""
@@ -339,7 +373,8 @@ class Trainer:
         labels = self._dropped(model, self.labels_for(model, example_idx[rows]), config, batch_number)
         share = len(clean) // accelerator.num_processes
         mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-        with torch.random.fork_rng(devices=[], enabled=_has_dropout(model)):
+        gpus = [accelerator.device] if accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=gpus, enabled=_has_dropout(model)):
             if _has_dropout(model):
                 torch.manual_seed(stream_seed(config.opt_seed, "dropout", batch_number, accelerator.process_index))
             with accelerator.autocast():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,17 +19,15 @@ import torch
 from tribute.config import CodecConfig, UNetConfig, fingerprint
 from tribute.errors import CheckpointError, ConfigError
 from tribute.files import sha256_of_file
+from tribute.models.hub import WEIGHTS_NAME, NotOnTheHub, download_snapshot, find_pickle, parse_hub_id
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.vq_model import VQModel
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 _DEFAULT_SCALING = {"VQModel": 1.0, "AutoencoderKL": 0.18215}
 """Where `config.json` names none. Codecs of the KL kind that are older than the setting mean 0.18215; VQ codecs mean
 1, although diffusers then assumes 0.18215 for them, too (https://github.com/huggingface/diffusers/issues/6725)."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ class CodecFiles:
     def fingerprint(self) -> str:
         """SHA-256 over weights, architecture and scaling: two codecs with the same are the same."""
         architecture = {name: value for name, value in self.settings.items() if name not in _NOT_IDENTITY}
-        weights = sha256_of_file(self.folder / WEIGHTS)
+        weights = sha256_of_file(self.folder / WEIGHTS_NAME)
         return fingerprint({"weights": weights, "architecture": architecture, "scaling_factor": self.scaling_factor})
 
     def stored_shape(self, image_size: int) -> tuple[int, int, int]:
@@ -237,41 +234,35 @@ def _codec_folder(config: CodecConfig, download: bool) -> Path:
 
 def _from_hub(config: CodecConfig, download: bool) -> Path:
     """The folder of a hub id: the copy in the hub's cache, or else downloaded, without pickles."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if not _HUB_ID.fullmatch(config.path):
+    hub_id = parse_hub_id(config.path)
+    if hub_id is None:
         raise CheckpointError(
             f"codec {config.path}: expected a folder in the diffusers format, found nothing there; give one by "
             "--codec PATH"
         )
-    patterns = ["config.json", "*/config.json", WEIGHTS, f"*/{WEIGHTS}"]
+    name, revision = hub_id
+    patterns = ["config.json", "*/config.json", WEIGHTS_NAME, f"*/{WEIGHTS_NAME}"]
     if config.subfolder is not None:
-        patterns = [f"{config.subfolder}/config.json", f"{config.subfolder}/{WEIGHTS}"]
+        patterns = [f"{config.subfolder}/config.json", f"{config.subfolder}/{WEIGHTS_NAME}"]
     try:
-        return Path(
-            snapshot_download(
-                config.path, revision=config.revision, allow_patterns=patterns, local_files_only=not download
-            )
-        )
-    except (OSError, ValueError, HfHubHTTPError) as error:
+        return download_snapshot(name, revision or config.revision, patterns, local_files_only=not download)
+    except NotOnTheHub as error:
         raise CheckpointError(
             f"codec {config.path}: there is no such folder here, and the hub could not be asked for it "
-            f"({type(error).__name__}). Copy it from a machine with network, and give the folder by --codec PATH"
+            f"({error}). Copy it from a machine with network, and give the folder by --codec PATH"
         ) from error
 
 
 def _refuse_pickles(folder: Path, kind: str) -> None:
     """Only safetensors are loaded; say how to come by them."""
-    if (folder / WEIGHTS).is_file():
+    if (folder / WEIGHTS_NAME).is_file():
         return
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if pickles:
+    if pickle := find_pickle(folder):
         raise CheckpointError(
-            f"codec {folder}: {pickles[0]} is a pickle, which can run code when it is loaded; expected {WEIGHTS}. "
+            f"codec {folder}: {pickle} is a pickle, which can run code when it is loaded; expected {WEIGHTS_NAME}. "
             f'If you trust it, convert it once: python -c "from diffusers import {kind}; {kind}.from_pretrained('
             f"'{folder}', use_safetensors=False).save_pretrained('NEW_FOLDER')\", and give --codec NEW_FOLDER"
         )
     raise CheckpointError(
-        f"codec {folder}: expected {WEIGHTS} beside config.json, found none; give another --codec PATH"
+        f"codec {folder}: expected {WEIGHTS_NAME} beside config.json, found none; give another --codec PATH"
     )

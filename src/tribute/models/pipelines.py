@@ -17,16 +17,14 @@ from typing import Any
 
 import torch
 
-from tribute.config import NoiseScheduleConfig, Preset, UNetConfig, fingerprint
-from tribute.errors import CheckpointError, ConfigError, NotImplementedYet
+from tribute.config import CodecConfig, NoiseScheduleConfig, Preset, UNetConfig, fingerprint
+from tribute.errors import CheckpointError, ConfigError
 from tribute.files import sha256_of_file
 from tribute.models.build import build_unet
 from tribute.models.checkpoint import FORMAT_VERSION, Checkpoint, Tensors, check_weights, load_checkpoint, read_tensors
+from tribute.models.hub import WEIGHTS_NAME, NotOnTheHub, download_snapshot, find_pickle, parse_hub_id
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-_HUB_ID = re.compile(r"^(?:hub:)?(?P<name>\w[\w.-]*/\w[\w.-]*?)(?:@(?P<revision>[\w./-]+))?$")
 
 SCHEDULERS = (
     "DDPMScheduler",
@@ -80,9 +78,9 @@ def load_model(where: Path | str) -> Checkpoint:
     path = Path(where)
     if is_pipeline_folder(path):
         return read_pipeline(path, origin={"name": path.resolve().name})
-    hub_id = _HUB_ID.match(where if isinstance(where, str) else where.as_posix())
+    hub_id = parse_hub_id(where if isinstance(where, str) else where.as_posix())
     if not path.exists() and hub_id and not path.parent.exists():
-        name, revision = hub_id["name"], hub_id["revision"]
+        name, revision = hub_id
         folder = fetch_from_hub(name, revision)
         commit = folder.name if folder.parent.name == "snapshots" else None
         return read_pipeline(folder, origin={"name": name, "revision": revision, "commit": commit}, hub_name=name)
@@ -90,13 +88,10 @@ def load_model(where: Path | str) -> Checkpoint:
 
 
 def adopt_model(preset: Preset, checkpoint: Checkpoint) -> Preset:
-    """The preset's recipe for a model that others made: its own network, forward process and codec.
+    """The preset's recipe for a model that was trained before: its own network, forward process and codec.
 
     A folder without a scheduler leaves the preset's forward process, one that does not say whether it works on
     latents the preset's codec.
-
-    Raises:
-        NotImplementedYet: The model works on latents, and this version has no codecs.
     """
     meta = checkpoint.meta
     changes: dict[str, Any] = {"unet": meta["unet"]}
@@ -110,16 +105,12 @@ def adopt_model(preset: Preset, checkpoint: Checkpoint) -> Preset:
 def _codec_change(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a model says of its codec, as a change of a preset; nothing where it says nothing."""
     meta = checkpoint.meta
-    saved = {**meta.get("preset", {}), **meta}  # a checkpoint of ours has it in its preset
-    if "codec" not in saved:
+    if "preset" in meta:  # of ours; one without a codec is a model of pixels
+        return {"codec": meta["preset"].get("codec")}
+    if "codec" not in meta:
         return {}
-    if "codec" in Preset.model_fields:
-        return {"codec": saved["codec"]}
-    if saved["codec"] is None:
-        return {}
-    raise NotImplementedYet(
-        f"{checkpoint.path} works on the latents of a codec, which this version cannot; load a model of pixels"
-    )
+    saved = meta["codec"]
+    return {"codec": saved and {name: saved[name] for name in CodecConfig.model_fields if name in saved}}
 
 
 def is_foreign(checkpoint: Checkpoint) -> bool:
@@ -299,19 +290,15 @@ def fetch_from_hub(name: str, revision: str | None = None) -> Path:
 
 def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
     """The folder of a hub model with the files that match."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (OSError, HFValidationError) as error:
+        return download_snapshot(name, revision, patterns)
+    except NotOnTheHub as error:
         at = f" at revision {revision}" if revision else ""
         download = f"hf download {name}{f' --revision {revision}' if revision else ''} --local-dir FOLDER"
         raise CheckpointError(
             f"--load {name}: there is no such folder, and the model {name}{at} of the hub cannot be read "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}). Without a "
-            f"network, fetch it where there is one by `{download}` (formerly `huggingface-cli download`), copy the "
-            "folder here and use --load FOLDER"
+            f"({error}). Without a network, fetch it where there is one by `{download}` (formerly "
+            "`huggingface-cli download`), copy the folder here and use --load FOLDER"
         ) from error
 
 
@@ -396,8 +383,8 @@ def _read_weights(folder: Path, unet: UNetConfig, hub_name: str | None) -> tuple
     """
     path = folder / WEIGHTS_NAME
     if not path.is_file():
-        pickles = sorted(item.name for item in folder.glob("*.bin"))
-        found = f"{pickles[0]}, a pickle, which can run code when it is loaded" if pickles else "no such file"
+        pickle = find_pickle(folder)
+        found = "no such file" if pickle is None else f"{pickle}, a pickle, which can run code when it is loaded"
         raise CheckpointError(
             f"{folder}: expected {WEIGHTS_NAME}, found {found}. Weights that exist only as .bin are converted, without "
             f'running code from them, by: python -c "{_conversion(folder, hub_name)}"'

@@ -9,8 +9,13 @@ from tribute.config import PruneConfig
 
 def dataset_name(dataset: str, contributors: str) -> str:
     """Folder of a dataset; another division among contributors is another folder."""
-    name = dataset.replace(":", "-").replace("/", "-")  # hub:OWNER/NAME
+    name = dataset_folder(dataset)
     return name if contributors == "class" else f"{name}-{contributors}"
+
+
+def dataset_folder(dataset: str) -> str:
+    """The name of a dataset as one folder, also that of `hub:OWNER/NAME`."""
+    return dataset.replace(":", "-").replace("/", "-")
 
 
 def removal_name(removal_dist: str | None, datamodel_alpha: float, removal_seed: int) -> str:

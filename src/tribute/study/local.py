@@ -11,20 +11,25 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tribute.behaviors.local import LOSSES, PIXEL_QUANTITIES, PerImage, local_behaviors
-from tribute.config import LocalConfig, NoiseScheduleConfig, SampleConfig
-from tribute.diffusion.local_loss import image_losses
-from tribute.diffusion.sample import draw_labels, from_uint8, sample_images
+from tribute.behaviors.local import (
+    LOSSES,
+    PIXEL_QUANTITIES,
+    SSIM_WINDOW,
+    LocalBehavior,
+    PerImage,
+    local_behaviors,
+)
+from tribute.config import LocalConfig, NoiseScheduleConfig, RuntimeConfig, SampleConfig, fingerprint
+from tribute.diffusion.local_loss import elbo_weights, image_losses
+from tribute.diffusion.sample import MIN_BATCH, draw_labels, from_uint8, sample_images
 from tribute.errors import MixedResultsError
 from tribute.models.build import build_noise_schedule
 from tribute.models.checkpoint import Checkpoint, build_model
+from tribute.study.compatibility import check_trained_on_everybody
 from tribute.types import Images
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
-
-_MIN_BATCH = 16
-"""From here on the sampler pads no batch but the last one."""
 
 Decode = Callable[[torch.Tensor], torch.Tensor]
 
@@ -51,14 +56,15 @@ class FullModelComparison:
         sampling: How images are generated, the same for both models; `use_ema` says which weights of `full` count.
         noise_schedule: The forward process of both models.
         config: How many images and noises.
-        data_fingerprint: Of the data on which both models are trained.
+        image_size: Height and width of the images, pixels.
         label_counts: `(n_labels,)` of everybody's data; coalition models are asked for the full model's labels.
         device: Where networks run.
         decode: From latents to images; None for models of pixels.
+        runtime: How networks compute.
 
     Raises:
-        MixedResultsError: The full model has another noise schedule, or was trained on other data or a part of it.
-        ConfigError: An image is asked for that is not compared.
+        MixedResultsError: The full model has another noise schedule, or was trained on a part of the data.
+        ConfigError: An image is asked for that is not compared, or a quantity that is not defined here.
     """
 
     def __init__(
@@ -69,21 +75,23 @@ class FullModelComparison:
         noise_schedule: NoiseScheduleConfig,
         config: LocalConfig,
         *,
-        data_fingerprint: str,
+        image_size: int,
         label_counts: npt.NDArray[np.int64],
         device: torch.device | str = "cpu",
         decode: Decode | None = None,
+        runtime: RuntimeConfig | None = None,
     ) -> None:
-        _check_full(full, noise_schedule, data_fingerprint)
+        _check_full(full, noise_schedule)
         self.full = full
         self.names = tuple(names)
-        self.behaviors = local_behaviors(names, config.n_samples)
+        self.behaviors = find_behaviors(names, config, noise_schedule, image_size)
         self.sampling = sampling
         self.noise_schedule = noise_schedule
         self.config = config
         self.label_counts = label_counts
         self.device = device
         self.decode = decode
+        self.runtime = runtime or RuntimeConfig()
 
     @cached_property
     def reference(self) -> FullModelImages:
@@ -123,6 +131,7 @@ class FullModelComparison:
                 noise_seed=self.sampling.noise_seed,
                 labels=torch.from_numpy(self._labels()) if _knows_labels(model) else None,
                 batch_size=self.sampling.batch_size,
+                fill_up=self.runtime.compile,
             )
             per_image |= {"diffusion_loss": losses.simple, "elbo_loss": losses.elbo}
         return {behavior.name: behavior.value(per_image) for behavior in self.behaviors}
@@ -133,6 +142,8 @@ class FullModelComparison:
         common = f"vs model {self.full.model_hash[:12]}, {sampler}, noise {self.sampling.noise_seed}"
         if self.sampling.guidance_scale != 1.0:
             common += f", guidance {self.sampling.guidance_scale:g}"
+        if self.sampling.mixed_precision != "no":
+            common += f", {self.sampling.mixed_precision}"
         if not self.sampling.use_ema:
             common += ", raw weights"
         return {
@@ -151,23 +162,29 @@ class FullModelComparison:
         return [item.name for item in self.behaviors if item.image_idx is None or item.name in self.names]
 
     def settings(self) -> dict[str, Any]:
-        """All that determines the values besides model and sampling, as plain JSON, for an evaluation's identity."""
-        return {
+        """All that determines the values besides model and sampling, as plain JSON, for an evaluation's identity.
+
+        The names, of which `local` brings hundreds, are told by a hash of them in order, however they were asked for.
+        """
+        settings = {
             "full_model": self.full.model_hash,
-            "names": list(self.names),
+            "names": fingerprint(sorted(behavior.name for behavior in self.behaviors)),
             "n_samples": self.config.n_samples,
-            "n_noises": self.config.n_noises,
         }
+        if any(behavior.quantity in LOSSES for behavior in self.behaviors):
+            settings["n_noises"] = self.config.n_noises
+        return settings
 
     def _sample(self, model: UNet2DModel, decode: Decode | None) -> Images:
         """The images to compare, of any model."""
         return sample_images(
             model,
-            self.sampling.replace(batch_size=max(self.sampling.batch_size, _MIN_BATCH)),
+            self.sampling.replace(batch_size=max(self.sampling.batch_size, MIN_BATCH)),
             self.noise_schedule,
             image_idx=range(self.config.n_samples),
             label_counts=self.label_counts,
             decode=decode,
+            runtime=self.runtime,
         )
 
     def _labels(self) -> npt.NDArray[np.int64]:
@@ -179,21 +196,29 @@ def _knows_labels(model: UNet2DModel) -> bool:
     return bool(model.config.get("num_class_embeds"))
 
 
-def _check_full(full: Checkpoint, noise_schedule: NoiseScheduleConfig, data_fingerprint: str) -> None:
+def find_behaviors(
+    names: Sequence[str], config: LocalConfig, noise_schedule: NoiseScheduleConfig, image_size: int
+) -> list[LocalBehavior]:
+    """The local behaviors that some names mean, for models of a noise schedule and images of a size.
+
+    `local` leaves out what is not defined for them.
+
+    Raises:
+        ConfigError: A behavior is named that is not defined for them, or an image that is not compared.
+    """
+    undefined: dict[str, str] = {}
+    if image_size < SSIM_WINDOW:
+        undefined["ssim"] = f"it compares windows of {SSIM_WINDOW}x{SSIM_WINDOW} pixels, found images of {image_size}"
+    if not elbo_weights(build_noise_schedule(noise_schedule)).isfinite().all():
+        undefined["elbo_loss"] = (
+            "it weighs a level that is noise alone infinitely, found one (rescale_betas_zero_snr, or a variance of 1)"
+        )
+    return local_behaviors(names, config.n_samples, undefined=undefined)
+
+
+def _check_full(full: Checkpoint, noise_schedule: NoiseScheduleConfig) -> None:
     """Refuse a full model whose images say nothing about the models that are to be compared with it."""
-    trained_on = full.meta.get("data", {}).get("fingerprint", data_fingerprint)
-    if trained_on != data_fingerprint:
-        raise MixedResultsError(
-            f"--full_model: {full.path} was trained on other data ({str(trained_on)[:12]}) than the coalitions "
-            f"({data_fingerprint[:12]}). Give the full model of this dataset and division among contributors"
-        )
-    coalition = full.meta.get("coalition", "1")
-    if "0" in coalition:
-        raise MixedResultsError(
-            f"--full_model: {full.path} was trained on the coalition {coalition} (1: present); local behaviors compare "
-            "with a model of everybody's data. Give the model that main.py --method retrain trains without "
-            "--removal_dist"
-        )
+    check_trained_on_everybody(full, setting="--full_model")
     saved = full.meta.get("noise_schedule")
     if saved is not None and NoiseScheduleConfig.parse(saved, where=str(full.path)) != noise_schedule:
         raise MixedResultsError(

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from tribute.behaviors.base import (
     DEFAULT_EXTRACTOR,
     ModelBehavior,
     behavior_variant,
+    check_behaviors,
     extractor_of,
     get_behavior,
     measure_behaviors,
+    uses_probabilities,
     uses_reference,
 )
 from tribute.behaviors.classifier import ClassifierExtractor, train_or_load_classifier
-from tribute.behaviors.extractors import CLASSIFIER, extractor_names, load_extractor
-from tribute.behaviors.features import FeatureExtractor, content_hash
+from tribute.behaviors.extractors import CLASSIFIER, check_settings, load_extractor
+from tribute.behaviors.features import FeatureExtractor, Features, KnownFeatures, content_hash
 from tribute.behaviors.reference import Reference, fixed_rows
 from tribute.config import FeatureConfig
 from tribute.data.tensors import TrainingData, gather
-from tribute.errors import ConfigError
+from tribute.errors import TributeError
 from tribute.types import Images
+
+logger = logging.getLogger(__name__)
 
 
 class Measurement:
@@ -35,16 +43,17 @@ class Measurement:
         features: Extractors and their weights.
         cache_dir: Where classifiers and reference features are kept.
         device: Where networks run.
+
+    Raises:
+        ConfigError: A name or a setting is unknown, repeated, or needs what its extractor does not give.
     """
 
     def __init__(
         self, behaviors: Sequence[str], data: TrainingData, features: FeatureConfig, *, cache_dir: Path, device: str
     ) -> None:
-        if features.extractor not in extractor_names():
-            raise ConfigError(
-                f"features.extractor: expected one of {', '.join(extractor_names())}; found {features.extractor!r}"
-            )
+        check_settings(features)
         self.behaviors = [get_behavior(name, features=features) for name in behaviors]
+        check_behaviors(self.behaviors, default_extractor=features.extractor)
         self.data = data
         self.features = features
         self.cache_dir = cache_dir
@@ -95,11 +104,6 @@ class Measurement:
         return gather(images, fixed_rows(len(images), n_most)), content_hash(sha256, f"{n_most} rows")
 
     @property
-    def uses_features(self) -> bool:
-        """Whether any behavior needs a feature extractor."""
-        return any(behavior.uses_features for behavior in self.behaviors)
-
-    @property
     def uses_classifier(self) -> bool:
         """Whether any behavior looks through the in-domain classifier."""
         return CLASSIFIER in {self._resolve(extractor_of(b)) for b in self.behaviors if b.uses_features}
@@ -114,6 +118,37 @@ class Measurement:
             extractor={name: self.extractor(name) for name in map(extractor_of, needy)},
             reference={name: self.reference(name) for name in map(extractor_of, comparing)},
         )
+
+    def measure_real(self, n_images: int) -> dict[str, float]:
+        """Behaviors of real images, a fixed draw of as many as there are generated ones, by name.
+
+        A behavior is left out where it cannot be measured of them, and where a large network would have to look at them
+        once more: features that behaviors compare with are there, and only the in-domain classifier looks again.
+        """
+        images, _ = self._real_images
+        rows = fixed_rows(len(images), n_images)
+        drawn = gather(images, rows)
+        values: dict[str, float] = {}
+        for behavior in self.behaviors:
+            name = extractor_of(behavior)
+            try:
+                features = self._features_at_hand(behavior, drawn, rows)
+                if behavior.uses_features and features is None:
+                    continue
+                extractor = {} if features is None else {name: KnownFeatures(self.extractor(name), features)}
+                reference = {name: self.reference(name)} if uses_reference(behavior) else {}
+                values |= measure_behaviors(drawn, [behavior], extractor=extractor, reference=reference)
+            except TributeError as error:
+                logger.debug("%s of real images: %s", behavior.name, error)
+        return values
+
+    def _features_at_hand(self, behavior: ModelBehavior, drawn: Images, rows: npt.NDArray[np.intp]) -> Features | None:
+        """Features of some rows of the real images as a behavior sees them, where they cost little."""
+        if uses_reference(behavior) and not uses_probabilities(behavior):
+            return Features(drawn, self.reference(extractor_of(behavior)).features.embeddings[rows])
+        if behavior.uses_features and self._resolve(extractor_of(behavior)) == CLASSIFIER:
+            return self.classifier.extract(drawn)
+        return None
 
     def definitions(self) -> dict[str, dict[str, Any]]:
         """Unit, direction and variant of every behavior, to be stored with its values."""

@@ -15,7 +15,7 @@ import numpy as np
 from tribute.config import Preset, StudyConfig, StudyModelConfig, TrainConfig
 from tribute.diffusion.preflight import check_precision, check_training
 from tribute.diffusion.train import Progress
-from tribute.errors import FitError, MixedResultsError, StoreError
+from tribute.errors import ConfigError, FitError, MixedResultsError, StoreError
 from tribute.files import write_whole
 from tribute.games.coalitions import empty_coalition, grand_coalition, mask_from_idx
 from tribute.games.designs import PAIRED_DESIGNS, coalitions_from
@@ -32,9 +32,10 @@ from tribute.study.attribution import (
     validate,
     without_tested,
 )
+from tribute.study.compatibility import check_not_pruned, check_same_data, check_trained_on_everybody
 from tribute.study.executors import SerialExecutor
-from tribute.study.layout import models_dir, pruning_name
-from tribute.study.stages import Saving, check_same_data, prune_model, train_model
+from tribute.study.layout import dataset_folder, models_dir, pruning_name
+from tribute.study.stages import Saving, prune_model, train_model
 from tribute.study.team import Team
 from tribute.study.value_function import Evaluation
 from tribute.study.worker import Worker
@@ -147,11 +148,11 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult | None:
         MixedResultsError: The run folder or the store holds a study with other settings.
         ConfigError: This machine cannot do what the settings ask for.
     """
-    preset = config.load_preset()
-    loaded = None
-    if config.full_model.load is not None:
-        loaded = load_model(config.full_model.load)
-        preset = adopt_model(preset, loaded)
+    loaded = None if config.full_model.load is None else load_model(config.full_model.load)
+    if loaded is not None:
+        check_not_pruned(loaded, setting="full_model.load")
+        check_trained_on_everybody(loaded, setting="full_model.load")
+    preset = study_preset(config, loaded)
     check_settings(config, preset)
     listener.stage("Data")
     worker = Worker(
@@ -162,7 +163,9 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult | None:
         mixed_precision=preset.train_config("retrain").mixed_precision,
         runtime=config.runtime,
         n_threads=config.n_threads,
+        on_block=lambda n_done, n_images: listener.progress("encoding", n_done, n_images, "images"),
     )
+    worker.check_measurement(preset.sampling, config.local)
     leads = worker.trainer.processes.is_main
     if leads:
         claim_run_dir(config)  # only now: what is wrong in the settings must not be kept as the study's
@@ -188,6 +191,11 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult | None:
         "gd": worker.settings(sampling, train=sft, start=sparse.model_hash, use_ema=sampling.use_ema),
         "retrain": worker.settings(sampling, train=retrain, start=preset.unet.fingerprint(), use_ema=sampling.use_ema),
     }
+    models = {
+        "full": {"n_steps": full.n_steps, **({"origin": full.meta["origin"]} if is_foreign(full) else {})},
+        "sparse": {"n_steps": sparse.n_steps, **_pruning_summary(config, worker)},
+    }
+    del loaded, full, sparse  # their tensors; coalitions are measured for hours
     specs = list(plan_evaluations(config, table.n_contributors, settings))
     with Store.open(config.db_url) as store:
         study_id = store.open_study(
@@ -228,10 +236,6 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult | None:
             for name in worker.reported_behaviors()
         ]
         timings = median_seconds(store, study_id, evaluation_ids)
-    models = {
-        "full": {"n_steps": full.n_steps, **({"origin": full.meta["origin"]} if is_foreign(full) else {})},
-        "sparse": {"n_steps": sparse.n_steps, **_pruning_summary(config, worker)},
-    }
     return StudyResult(
         config=config,
         contributor_names=table.names,
@@ -244,16 +248,35 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult | None:
     )
 
 
+def study_preset(config: StudyConfig, loaded: Checkpoint | None) -> Preset:
+    """The recipe of a study: its preset, for the full model that is loaded where one is, with the study's codec.
+
+    Raises:
+        ConfigError: The study names a codec, and neither the preset nor the model has one.
+    """
+    preset = config.load_preset()
+    return (preset if loaded is None else adopt_model(preset, loaded)).with_codec(config.codec)
+
+
 def check_settings(config: StudyConfig, preset: Preset) -> None:
     """Refuse a study that this machine cannot run, before anything is read.
 
     Raises:
-        ConfigError: A batch, precision, optimizer or compiler that cannot be had; the message names the setting.
+        ConfigError: A batch, precision, optimizer or compiler that cannot be had, or more than one precision; the
+            message names the setting.
     """
     stages = {"full_model": "retrain", "sparse_model": "prune_fine_tune", "gd": "gd", "retrained_model": "retrain"}
+    precisions: dict[str, str] = {}
     for stage, method in stages.items():
         train = train_settings(preset, getattr(config, stage), method, config.opt_seed)
         check_training(train, runtime=config.runtime)
+        precisions[stage] = train.mixed_precision
+    if len(set(precisions.values())) > 1:
+        found = ", ".join(f"{stage} {precision}" for stage, precision in precisions.items())
+        raise ConfigError(
+            f"mixed_precision: one process trains all models of a study, in one precision; found {found}. Set "
+            "mixed_precision in the study, or the same for every method of the preset"
+        )
     check_precision(preset.sampling.mixed_precision, None)
 
 
@@ -300,7 +323,7 @@ def _train_and_prune(
 
     def saving(method: str, *parts: str) -> Saving:
         freq = config.ckpt_freq or preset.ckpt_freq.get(method, 1000)
-        return Saving(models_dir(config.run_dir, config.dataset, method, *parts), freq)
+        return Saving(models_dir(config.run_dir, dataset_folder(config.dataset), method, *parts), freq)
 
     def report(title: str) -> Any:
         def on_log(at: Progress) -> None:
@@ -345,7 +368,7 @@ def _train_and_prune(
 
 
 def _pruned_dir(config: StudyConfig) -> Path:
-    return models_dir(config.run_dir, config.dataset, "pruned", pruning_name(config.prune))
+    return models_dir(config.run_dir, dataset_folder(config.dataset), "pruned", pruning_name(config.prune))
 
 
 def _pruning_summary(config: StudyConfig, worker: Worker) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from tribute.diffusion.train import CheckpointPolicy, Progress
 from tribute.errors import CheckpointError, MixedResultsError
 from tribute.models.build import build_unet
 from tribute.models.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
-from tribute.models.pipelines import is_foreign
 from tribute.models.pruning import PruningResult, prune_unet
 from tribute.seeding import numpy_stream, torch_stream
+from tribute.study.compatibility import check_same_data
 from tribute.study.latents import LatentSpace
 from tribute.study.worker import Worker, check_images_fit, load_data_for
 from tribute.types import CoalitionMask
@@ -232,35 +232,3 @@ def _origin(start: Checkpoint) -> dict[str, Any]:
     """Where a model that others made comes from, through all stages that began with it."""
     origin = start.meta.get("origin") or (start.meta.get("start") or {}).get("origin")
     return {} if origin is None else {"origin": origin}
-
-
-def check_same_data(checkpoint: Checkpoint, worker: Worker) -> None:
-    """Refuse a model that was trained on other data than the worker's, or on latents of another codec.
-
-    Raises:
-        MixedResultsError: Dataset, division among contributors, number of examples or codec differ.
-    """
-    if is_foreign(checkpoint):
-        return  # it does not say what it was trained on
-    saved_codec = (checkpoint.meta.get("codec") or {}).get("fingerprint")
-    if saved_codec != worker.codec_identity().get("codec"):
-        raise MixedResultsError(
-            f"{checkpoint.path} was trained on latents of another codec: saved {_codec_text(checkpoint.meta)}, asked "
-            f"for {_codec_text({'codec': worker.latent_space and worker.latent_space.record()})}. Give the --codec of "
-            "the training run, or leave it out"
-        )
-    saved = checkpoint.meta.get("data", {}).get("fingerprint")
-    if saved != worker.data.fingerprint:
-        raise MixedResultsError(
-            f"{checkpoint.path} was trained on other data: dataset {checkpoint.meta.get('dataset')!r} with "
-            f"{len(checkpoint.meta.get('contributor_names', []))} contributors (fingerprint {str(saved)[:12]}), "
-            f"asked for {worker.data.dataset!r} with {worker.data.contributors.n_contributors} "
-            f"({worker.data.fingerprint[:12]}). Give the --dataset, --contributors, --data_dir and --max_examples "
-            "of the training run"
-        )
-
-
-def _codec_text(meta: Mapping[str, Any]) -> str:
-    """The codec of a checkpoint for a message."""
-    codec = meta.get("codec")
-    return f"{codec['path']} (fingerprint {codec['fingerprint'][:12]})" if codec else "none (pixels)"

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from tribute.behaviors.base import ModelBehavior, Reference
-from tribute.behaviors.features import FeatureExtractor
+from tribute.behaviors.base import ModelBehavior, check_enough_images
 from tribute.behaviors.local import split_local
 from tribute.config import DataConfig, FeatureConfig, LocalConfig, Preset, RuntimeConfig, SampleConfig, TrainConfig
 from tribute.data.sources import default_cache_dir, load_training_data
 from tribute.data.tensors import TrainingData
 from tribute.diffusion.examples import PixelExamples
-from tribute.diffusion.sample import check_guidance
+from tribute.diffusion.sample import check_guidance, check_inference_steps
 from tribute.diffusion.train import CheckpointPolicy, Trainer
 from tribute.errors import ConfigError, DataError
 from tribute.games.coalitions import grand_coalition
 from tribute.models.checkpoint import Checkpoint
+from tribute.study.compatibility import check_same_data, check_same_shape
 from tribute.study.latents import LatentSpace
-from tribute.study.local import FullModelComparison
+from tribute.study.local import FullModelComparison, find_behaviors
 from tribute.study.measurement import Measurement
 from tribute.study.provenance import provenance
 from tribute.study.value_function import ValueFunction
@@ -47,6 +49,7 @@ class Worker:
         n_threads: Threads of this process; None leaves PyTorch's choice.
         cache_dir: Where the classifier, latents and features of real images are kept.
         reuse_latents: Take the latents that are there, and never load the codec to train.
+        on_block: Called with images encoded and images to encode, while latents are made.
         log_with: Trackers of Accelerate.
         project_dir: Where trackers write.
     """
@@ -65,6 +68,7 @@ class Worker:
         n_threads: int | None = None,
         cache_dir: Path | None = None,
         reuse_latents: bool = False,
+        on_block: Callable[[int, int], None] | None = None,
         log_with: Sequence[str] = (),
         project_dir: Path | None = None,
     ) -> None:
@@ -72,8 +76,6 @@ class Worker:
             torch.set_num_threads(n_threads)
         data = data or load_data_for(preset, source)
         check_images_fit(preset, data)
-        everyone = grand_coalition(data.contributors.n_contributors)
-        check_guidance(preset.unet.num_class_embeds, data.label_counts(everyone), preset.sampling.guidance_scale)
         self.source = source
         self.data = data
         self.preset = preset
@@ -92,7 +94,12 @@ class Worker:
         self.latent_space: LatentSpace | None = None
         if preset.codec is not None:
             self.latent_space = LatentSpace(
-                preset, data, reuse=reuse_latents, cache_dir=self.cache_dir, device=self.trainer.device
+                preset,
+                data,
+                reuse=reuse_latents,
+                cache_dir=self.cache_dir,
+                device=self.trainer.device,
+                on_block=on_block,
             )
             self.trainer.examples = self.latent_space.examples()
         self.measurement = Measurement(
@@ -105,24 +112,9 @@ class Worker:
         return self.measurement.behaviors
 
     @property
-    def extractor(self) -> FeatureExtractor:
-        """The extractor of behaviors that name none: the in-domain classifier, unless the study chose another."""
-        return self.measurement.extractor()
-
-    @property
-    def reference(self) -> Reference:
-        """The dataset's real images as `extractor` sees them."""
-        return self.measurement.reference()
-
-    @property
     def classifier_accuracy(self) -> float | None:
         """Held-out accuracy of the in-domain classifier; None if no behavior looks through it."""
         return self.measurement.classifier.held_out_accuracy if self.measurement.uses_classifier else None
-
-    @property
-    def uses_features(self) -> bool:
-        """Whether any behavior needs a feature extractor."""
-        return self.measurement.uses_features
 
     def measure(self, images: Images) -> dict[str, float]:
         """Behaviors of generated images, by name."""
@@ -138,6 +130,32 @@ class Worker:
         local = [] if self.local is None else self.local.reported_names()
         return [*(behavior.name for behavior in self.behaviors), *local]
 
+    def check_sampling(self, sampling: SampleConfig) -> None:
+        """Refuse sampling that the preset's network, its noise schedule or a behavior cannot do with.
+
+        Raises:
+            ConfigError: Guidance that the network was not made for, or more steps than noise levels.
+            BehaviorError: There are fewer images than a behavior needs.
+        """
+        check_guidance(self.preset.unet.num_class_embeds, self._label_counts, sampling.guidance_scale)
+        check_inference_steps(sampling, self.preset.noise_schedule)
+        check_enough_images(self.behaviors, sampling.n_samples)
+
+    def check_measurement(self, sampling: SampleConfig, local: LocalConfig) -> None:
+        """Refuse, before any model is trained, what could not be measured of one.
+
+        Raises:
+            ConfigError: See `check_sampling`; or local behaviors of images that are not compared or too small.
+            BehaviorError: There are fewer images than a behavior needs.
+        """
+        self.check_sampling(sampling)
+        find_behaviors(self.local_names, local, self.preset.noise_schedule, self.preset.image_size)
+
+    @property
+    def _label_counts(self) -> npt.NDArray[np.int64]:
+        """`(n_labels,)` of everybody's data."""
+        return self.data.label_counts(grand_coalition(self.data.contributors.n_contributors))
+
     def compare_with(self, full: Checkpoint, sampling: SampleConfig, config: LocalConfig) -> SampleConfig:
         """Measure local behaviors, where any are asked for, by comparing with this model from now on.
 
@@ -150,11 +168,13 @@ class Worker:
             `sampling`; with no more images than are compared where no behavior describes all images together.
 
         Raises:
-            MixedResultsError: `full` has another noise schedule, or was trained on other data or on a part of it.
+            MixedResultsError: `full` has another noise schedule, codec or shape of images, or was trained on other
+                data or on a part of it.
         """
         if not self.local_names:
             return sampling
-        everybody = grand_coalition(self.data.contributors.n_contributors)
+        check_same_data(full, self)
+        check_same_shape(full, self.preset.unet, setting="--full_model")
         if not self.behaviors:
             sampling = sampling.replace(n_samples=config.n_samples)
         self.local = FullModelComparison(
@@ -163,10 +183,11 @@ class Worker:
             sampling,
             self.trainer.noise_schedule_config,
             config,
-            data_fingerprint=self.data.fingerprint,
-            label_counts=self.data.label_counts(everybody),
+            image_size=self.preset.image_size,
+            label_counts=self._label_counts,
             device=self.trainer.device,
             decode=None if self.latent_space is None else self.latent_space.decode,
+            runtime=self.trainer.runtime,
         )
         return sampling
 
@@ -174,8 +195,11 @@ class Worker:
         """v(S) with this worker's behaviors.
 
         Raises:
-            ConfigError: Local behaviors are asked for, and there is no model to compare with.
+            ConfigError: Local behaviors are asked for, and there is no model to compare with; or see
+                `check_sampling`.
+            BehaviorError: There are fewer images than a behavior needs.
         """
+        self.check_sampling(sampling)
         if self.local_names and self.local is None:
             raise ConfigError(
                 f"{', '.join(self.local_names)}: local behaviors compare with the full model, and none was given; "

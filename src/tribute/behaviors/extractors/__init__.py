@@ -15,6 +15,12 @@ ExtractorFactory = Callable[[FeatureConfig, str], FeatureExtractor]
 CLASSIFIER = "classifier"
 """The in-domain classifier: not made here, as it is trained on the dataset."""
 
+WITHOUT_CLASSES = frozenset({"vgg16", "clip", "blip"})
+"""Those that give embeddings only, no class probabilities."""
+
+_SETTINGS = {"weights": ("inception", "vgg16"), "models": ("clip", "blip"), "revisions": ("clip", "blip")}
+"""What can be set of which extractor; of registered ones, everything."""
+
 _REGISTRY: dict[str, str | ExtractorFactory] = {
     "inception": "tribute.behaviors.extractors.fidelity:load_inception",
     "vgg16": "tribute.behaviors.extractors.fidelity:load_vgg16",
@@ -44,6 +50,23 @@ def register_extractor(name: str, factory: str | ExtractorFactory) -> None:
             f"Taken are {', '.join(extractor_names())}."
         )
     _REGISTRY[name] = factory
+
+
+def check_settings(features: FeatureConfig) -> None:
+    """Refuse an extractor that is unknown, or settings that none would read.
+
+    Raises:
+        ConfigError: The message names the setting and what may stand there.
+    """
+    if features.extractor not in extractor_names():
+        raise ConfigError(
+            f"features.extractor: expected one of {', '.join(extractor_names())}; found {features.extractor!r}"
+        )
+    registered = _REGISTRY.keys() - {name for names in _SETTINGS.values() for name in names}
+    for setting, names in _SETTINGS.items():
+        known = sorted({*names, *registered})
+        if wrong := sorted(getattr(features, setting).keys() - set(known)):
+            raise ConfigError(f"features.{setting}: expected extractors {', '.join(known)}; found {', '.join(wrong)}")
 
 
 def load_extractor(name: str, features: FeatureConfig, device: str = "cpu") -> FeatureExtractor:
