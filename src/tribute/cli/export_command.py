@@ -10,7 +10,7 @@ from pydantic import Field
 
 from tribute.cli.arguments import SOURCE_FLAGS, Arguments, parse, source_options
 from tribute.cli.console import print_line
-from tribute.errors import ConfigError
+from tribute.errors import CheckpointError, ConfigError
 
 _STORE_FLAGS = ("db", "out", "format", "exp_name", "dataset", *SOURCE_FLAGS)
 _MODEL_FLAGS = ("model", "to", "use_ema", "run")
@@ -92,15 +92,20 @@ def _export_store(arguments: ExportArguments, db: str, out: Path) -> None:
 
 def _export_model(model: Path, to: Path, *, use_ema: bool, run_dir: Path | None) -> None:
     """Write a model as a diffusers folder, with a model card where a study says whom to credit."""
-    from tribute.models.export import export_model, usage
+    from tribute.models.export import codec_of, export_model, usage
     from tribute.models.pipelines import load_model
     from tribute.study.model_card import model_card
 
     checkpoint = load_model(model)
-    readme = None if run_dir is None else model_card(run_dir, title=to.name, usage=usage(checkpoint, to.name))
-    export_model(checkpoint, to, use_ema=use_ema, readme=readme)
+    codec = None
+    try:
+        codec = codec_of(checkpoint)
+    except CheckpointError as error:
+        print_line(f"the codec stays where it is: {error}")
+    readme = None if run_dir is None else model_card(run_dir, title=to.name, usage=usage(checkpoint, to.name, codec))
+    export_model(checkpoint, to, use_ema=use_ema, codec=codec, readme=readme)
     print_line(f"wrote {to}; load it by:")
-    for line in usage(checkpoint, str(to)).splitlines():
+    for line in usage(checkpoint, str(to), codec).splitlines():
         print_line(f"  {line}")
     if readme is not None:
         print_line(f"wrote {to / 'README.md'}: a model card with the section Training-data credit")
