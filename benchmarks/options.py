@@ -211,7 +211,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in dict.fromkeys(["plain", *arguments.option]):
             command = [sys.executable, "-m", "benchmarks.options", *shared, "--here", folder, "--option", name]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+                print(f"{name}: no figures: {reason}", flush=True)
+                continue
             results[name] = json.loads(done.stdout.splitlines()[-1])
             print(json.dumps({"option": name, **results[name]}), file=sys.stderr, flush=True)
     print(table(results))

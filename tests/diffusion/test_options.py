@@ -92,6 +92,18 @@ def test_how_a_network_computes_does_not_change_what_it_learns(run: Run, name: s
     assert all(value.is_contiguous() for value in model.state_dict().values())
 
 
+def test_a_compiler_that_is_wrong_about_gradients_is_refused_before_a_step(run: Run) -> None:
+    import torch._dynamo
+
+    @torch._dynamo.register_backend(name="right_forward_wrong_backward")
+    def compile_wrongly(graph: torch.fx.GraphModule, _inputs: Any) -> Callable[..., Any]:
+        return lambda *args: [output.detach() + 0.5 * (output - output.detach()) for output in graph(*args)]
+
+    wrong = RuntimeConfig(compile=True, compile_backend="right_forward_wrong_backward")
+    with pytest.raises(ConfigError, match=r"--compile: expected .* off by 50%"):
+        train(run, runtime=wrong)
+
+
 def test_dropout_is_the_same_when_activations_are_computed_again(run: Run, dropout_unet: UNetConfig) -> None:
     images, noise_schedule, _, rows, config = run
     run = images, noise_schedule, dropout_unet, rows, config

@@ -38,7 +38,7 @@ from tribute.models.checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from tribute.models.runtime import check_runtime, prepare_network
+from tribute.models.runtime import check_compiled_gradients, check_runtime, prepare_network
 from tribute.seeding import numpy_stream, stream_seed, torch_stream
 from tribute.types import Images
 
@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _STATE_PREFIX = "optimizer"
+
+GRADIENT_TOLERANCE, HALF_GRADIENT_TOLERANCE = 1e-3, 0.1
+"""How far gradients of a compiled network may be off, relative to their length: in float32, and in bf16 or fp16."""
 
 _LONGEST_WAIT = timedelta(days=1)
 """Of a process for the others: one of them trains the classifier, encodes latents or prunes while they wait."""
@@ -239,6 +242,9 @@ class Trainer:
         model.to(accelerator.device).train()
         prepare_network(model, self.runtime)
         model.zero_grad(set_to_none=True)  # of a run that was interrupted between two forward passes
+        if config.n_steps > 0:
+            tolerance = GRADIENT_TOLERANCE if accelerator.mixed_precision == "no" else HALF_GRADIENT_TOLERANCE
+            check_compiled_gradients(model, lambda: self._loss(model, example_idx, config, 0), tolerance=tolerance)
         ema = Ema(model, config)
         with self._prepared(model, config) as (wrapped, optimizer):
             seconds, final_loss = self._steps(

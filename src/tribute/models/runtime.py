@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,52 @@ def prepare_network(model: UNet2DModel | torch.nn.Module, runtime: RuntimeConfig
 
 def _to_channels_last(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
     return output.contiguous(memory_format=torch.channels_last)
+
+
+def check_compiled_gradients(model: torch.nn.Module, loss: Callable[[], torch.Tensor], *, tolerance: float) -> None:
+    """Compare the gradients of a compiled network with its plain ones, once; a network that is not compiled passes.
+
+    A compiler may be wrong: that of PyTorch 2.13, on the CPU, gives the networks here the right outputs and wrong
+    gradients, with which a model looks as if it learned a little.
+
+    Args:
+        model: Its gradients are None afterwards.
+        loss: The loss of one batch, the same at each call.
+        tolerance: Largest norm of the difference, relative to that of the plain gradients.
+
+    Raises:
+        ConfigError: They differ by more.
+    """
+    compiled = model._compiled_call_impl
+    if compiled is None or getattr(model, "_tribute_gradients_agree", False):
+        return
+    found = _gradients(model, loss)
+    model._compiled_call_impl = None
+    try:
+        expected = _gradients(model, loss)
+    finally:
+        model._compiled_call_impl = compiled
+    error = float(_norm([a - b for a, b in zip(found, expected, strict=True)]) / _norm(expected))
+    if not error <= tolerance:  # NaN, too
+        raise ConfigError(
+            f"--compile: expected the compiled network to compute the gradients of the plain one, found them off by "
+            f"{error:.0%} of their length (allowed: {tolerance:.1%}). The compiler of this version of PyTorch "
+            f"({torch.__version__}) is wrong for this network and device: leave --compile out, or choose another "
+            "runtime.compile_backend"
+        )
+    model._tribute_gradients_agree = True  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+
+
+def _gradients(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
+    """Of all parameters, taken away from the model."""
+    loss().backward()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return gradients
+
+
+def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([tensor.double().norm() for tensor in tensors]).norm()
 
 
 def check_runtime(runtime: RuntimeConfig, device: str) -> None:
