@@ -7,8 +7,8 @@ and the images per second of a feature pass. Processor seconds divided by thread
 waiting for a busy one is not in them.
 
 Measured by one thread of an AMD EPYC processor with AVX-512 bfloat16 instructions, beside other work: at 32x32 held out
-85.31 %, test 85.71 %, 807 processor seconds; at 16x16 80.99 %, 80.37 %, 281 seconds. Features of 541 and 2,374 images per
-second and core. docs/method.md has the table.
+85.31 %, test 85.71 %, 807 processor seconds; at 16x16 80.99 %, 80.37 %, 281 seconds. Features of 541 and 2,374
+images per second and core. docs/method.md has the table.
 """
 
 from __future__ import annotations

@@ -211,7 +211,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in dict.fromkeys(["plain", *arguments.option]):
             command = [sys.executable, "-m", "benchmarks.options", *shared, "--here", folder, "--option", name]
-            done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
                 print(f"{name}: no figures: {reason}", flush=True)
