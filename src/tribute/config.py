@@ -451,6 +451,30 @@ class LocalConfig(Config):
     n_noises: int = Field(default=50, gt=0, description="Noise levels for the diffusion loss of each image.")
 
 
+class ExecutionConfig(Config):
+    """Who measures the coalitions of a study. It never changes a result."""
+
+    executor: Literal["serial", "ray"] = Field(
+        default="serial", description="One warm process, or workers of Ray (tribute[cluster])."
+    )
+    workers: int = Field(default=1, gt=0, description="ray: warm workers.")
+    gpus_per_worker: float | None = Field(
+        default=None, ge=0, description="ray: share of a GPU that each worker takes; None: one where there is one."
+    )
+    address: str | None = Field(
+        default=None, description="ray: a cluster, e.g. ray://head:10001 or auto; None: start one on this machine."
+    )
+    stall_seconds: float = Field(
+        default=1800.0, gt=0, description="A worker that makes no step for so long hangs, and is replaced."
+    )
+
+
+class PilotConfig(Config):
+    """The few coalitions that `tribute pilot` both retrains and fine-tunes."""
+
+    n_coalitions: int = Field(default=8, ge=3, description="The first test coalitions of the study.")
+
+
 class StudyConfig(Config):
     """A whole study: what `tribute run STUDY.yaml` reads."""
 
@@ -487,7 +511,12 @@ class StudyConfig(Config):
     estimator: Literal["auto", "gp", "size_adjusted", "ridge", "least_squares", "unbiased", "permutation"] = Field(
         default="auto", description="Of Shapley values (`games.shapley.SHAPLEY_ESTIMATORS`)."
     )
-    n_threads: int | None = Field(default=None, gt=0, description="Threads of the worker; None: PyTorch's choice.")
+    pilot: PilotConfig = PilotConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    max_device_hours: float | None = Field(
+        default=None, gt=0, description="Stop before the study has taken more than this; None: no limit."
+    )
+    n_threads: int | None = Field(default=None, gt=0, description="Threads of each worker; None: PyTorch's choice.")
     ckpt_freq: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
@@ -511,7 +540,7 @@ class StudyConfig(Config):
     def load_preset(self) -> Preset:
         """The preset of the study, with the study's precision, optimizer and sampling settings applied.
 
-        Its `codec` is not: a model that is loaded replaces the preset's codec first (`study.run.study_preset`).
+        Its `codec` is not: a model that is loaded replaces the preset's codec first (`study.session.study_preset`).
         """
         preset = load_preset(self.preset or default_preset(self.dataset))
         training = {

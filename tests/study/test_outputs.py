@@ -20,7 +20,7 @@ from tribute.games.removal import draw_coalitions
 from tribute.games.uncertainty import rank_intervals, separation
 from tribute.store.records import EvaluationSpec, FinishedEvaluation, Store, Study
 from tribute.study.outputs import attributions_csv, fit_notes, fit_warning, rank_texts, summary, write_outputs
-from tribute.study.run import BehaviorResult, StudyResult, summarise_behavior
+from tribute.study.results import BehaviorResult, StudyResult, summarise_behavior
 from tribute.types import Attributions
 
 N = 6

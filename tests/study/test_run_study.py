@@ -17,8 +17,10 @@ from tribute.games.coalitions import coalition_key, coalition_keys
 from tribute.games.designs import DESIGNS, PAIRED_DESIGNS, draw_design
 from tribute.games.removal import draw_coalitions
 from tribute.store.records import Store
+from tribute.study.evaluations import plan_evaluations
 from tribute.study.outputs import attributions_csv, credit_order, shares, summary, write_outputs
-from tribute.study.run import StudyResult, plan_evaluations, run_study
+from tribute.study.results import StudyResult
+from tribute.study.run import run_study
 
 MakeStudy = Callable[..., StudyConfig]
 SETTINGS = {"gd": {"steps": 1}, "retrain": {"steps": 2}}

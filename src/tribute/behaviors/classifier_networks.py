@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from tribute import pulse
 from tribute.data.tensors import release_pages
 from tribute.types import Images
 
@@ -218,6 +219,7 @@ def forward(
     probabilities = np.empty((len(images), architecture.n_classes), np.float32)
     with torch.inference_mode():
         for start in range(0, len(images), batch_size):
+            pulse.beat()
             batch = slice(start, start + batch_size)
             embedded = network["trunk"](architecture.pixels(images[batch], device))
             embeddings[batch] = embedded.cpu().numpy()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from tribute import pulse
 from tribute.behaviors.classifier_networks import Architecture, ClassifierRecipe, forward
 from tribute.data.tensors import gather
 from tribute.seeding import numpy_stream, stream_seed, torch_stream
@@ -56,6 +57,7 @@ def train_classifier(
     progress = _Progress(n_steps)
     order = np.empty(0, np.int64)
     for step in range(n_steps):
+        pulse.beat()
         epoch, batch_idx = divmod(step, n_batches)
         if batch_idx == 0:
             order = numpy_stream(seed, "behaviors/classifier/order", epoch).permutation(train_rows)

@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from tribute import pulse
 from tribute.behaviors.features import Features
 from tribute.behaviors.reference import Reference
 from tribute.errors import BehaviorError
@@ -114,6 +115,7 @@ def _squared_distances(
     norms_b = (b64**2).sum(axis=1)
     step = max(1, _BLOCK_ENTRIES // max(1, len(b)))
     for start in range(0, len(a), step):
+        pulse.beat()
         rows = slice(start, start + step)
         a64 = a[rows].astype(np.float64)
         norms = (a64**2).sum(axis=1)[:, None] + norms_b

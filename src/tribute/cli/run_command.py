@@ -16,7 +16,9 @@ from tribute.cli.lds_command import print_attributions, print_comparisons
 from tribute.config import MixedPrecision, StudyConfig
 from tribute.models.pipelines import load_model
 from tribute.study.outputs import direction, shares, write_outputs
-from tribute.study.run import BehaviorResult, StudyResult, run_study, study_preset
+from tribute.study.results import BehaviorResult, StudyResult
+from tribute.study.run import run_study
+from tribute.study.session import study_preset
 
 
 class RunArguments(RuntimeArguments):

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from pydantic import Field
 
 from tribute.cli.arguments import (
@@ -201,16 +200,15 @@ def run(argv: Sequence[str], prog: str) -> None:
         evaluation_ids = store.add(study_id, [spec])
         store.retry(study_id, evaluation_ids=evaluation_ids)
         executor = SerialExecutor(
-            lambda claimed: team.measure(
-                arguments.method, np.array(claimed.spec.coalition_mask), opt_seed=claimed.spec.opt_seed
-            ),
-            definitions=worker.behavior_definitions(),
-            provenance=worker.provenance(),
-            evaluation_ids=evaluation_ids,
-            max_attempts=1,
+            team.measure, definitions=worker.behavior_definitions(), provenance=worker.provenance(), max_attempts=1
         )
         images = []
-        n_done = executor.run(store, study_id, on_done=lambda claimed, evaluation: images.append(evaluation.images))
+        n_done = executor.run(
+            store,
+            study_id,
+            evaluation_ids=evaluation_ids,
+            on_done=lambda claimed, evaluation: images.append(evaluation.images),
+        )
         (record,) = store.find(study_id, evaluation_ids=evaluation_ids)
         if record.status != "finished":
             raise StoreError(

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from tribute import pulse
 from tribute.data.tensors import CACHE_FORMAT, gather, new_array_digest, open_or_build, read_arrays
 from tribute.errors import DataError, MixedResultsError
 from tribute.files import write_whole
@@ -197,6 +198,7 @@ def _encode_into(
         if on_block is not None:
             on_block(n_done, len(images))
         for start in range(n_done, len(images), BLOCK_ROWS):
+            pulse.beat()
             block = gather(images, np.arange(start, min(start + BLOCK_ROWS, len(images))))
             content = _as_bytes(encode(block), (len(block), *latent_shape))
             file.write(content)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tribute import pulse
 from tribute.diffusion.loss import predict
 from tribute.errors import ConfigError
 from tribute.seeding import torch_stream
@@ -78,6 +79,7 @@ def image_losses(
     was_training = model.training
     model.eval()
     for start in range(0, len(image_idx), batch_size):
+        pulse.beat()
         rows, draws = image_idx[start : start + batch_size], draw_idx[start : start + batch_size]
         n_rows = len(rows)
         if fill_up:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tribute import pulse
 from tribute.config import NoiseScheduleConfig, RuntimeConfig, SampleConfig
 from tribute.diffusion.loss import predict
 from tribute.diffusion.preflight import check_precision
@@ -109,6 +110,7 @@ def sample_images(
         if label_counts is not None and unet_config.get("num_class_embeds"):
             labels = torch.from_numpy(draw_labels(label_counts, padded_idx)).to(device)
         for timestep in sampler.timesteps:
+            pulse.beat()
             with autocast:
                 prediction = guided_prediction(model, images, timestep, labels, config.guidance_scale)
             images = sampler.step(prediction.float(), timestep, images, return_dict=False)[0]

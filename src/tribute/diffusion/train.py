@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tribute import pulse
 from tribute.config import NoiseScheduleConfig, RuntimeConfig, TrainConfig
 from tribute.diffusion.deepspeed import in_full_precision, prepare_engine, uses_deepspeed
 from tribute.diffusion.examples import PixelExamples, TrainingExamples
@@ -306,6 +307,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
             for micro_step in range(config.gradient_accumulation_steps):
+                pulse.beat()
                 loss = self._loss(model, example_idx, config, step * config.gradient_accumulation_steps + micro_step)
                 accelerator.backward(loss / config.gradient_accumulation_steps)
                 losses.append(loss.detach())

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tribute import pulse
 from tribute.config import PruneConfig
 from tribute.errors import CheckpointError, ConfigError
 from tribute.models.build import count_parameters
@@ -200,6 +201,7 @@ def _accumulate_gradients(
     model.zero_grad()
     largest_loss = 0.0
     for timestep in range(0, n_timesteps, max(1, n_timesteps // _N_GRADIENT_TIMESTEPS)):
+        pulse.beat()
         loss = loss_at(timestep)
         largest_loss = max(largest_loss, loss.item())
         if config.pruner == "diff-pruning" and loss.item() < largest_loss * config.thr:

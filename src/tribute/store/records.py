@@ -426,6 +426,12 @@ class Store:
         with self._write() as connection:
             return _add(connection, study_id, list(specs))
 
+    def ids_of(self, study_id: int, identities: Sequence[str]) -> dict[str, int]:
+        """Numbers of those evaluations that the study has, by identity, in the order asked for."""
+        with self._read() as connection:
+            found = _by_identity(connection, study_id, list(dict.fromkeys(identities)))
+        return {identity: found[identity].id for identity in identities if identity in found}
+
     def claim(
         self,
         study_id: int | None = None,

@@ -22,7 +22,7 @@ from tribute.types import Attributions, Images
 
 if TYPE_CHECKING:
     from tribute.study.attribution import Validation
-    from tribute.study.run import BehaviorResult, StudyResult
+    from tribute.study.results import BehaviorResult, StudyResult
 
 MIN_LOO_R2 = 0.2
 """Below this leave-one-out R2 the fit says little about coalitions that it has not seen, and intervals rest on it."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tribute import pulse
 from tribute.behaviors.features import Features, check_images
 from tribute.data.tensors import release_pages
 from tribute.errors import BehaviorError
@@ -55,6 +56,7 @@ class NetworkExtractor:
         embeddings, probabilities = [], []
         with torch.inference_mode():
             for start in range(0, len(images), step):
+                pulse.beat()
                 batch = torch.from_numpy(np.array(images[start : start + step])).to(self.device)
                 release_pages(images)
                 pixels = batch.permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()  # (b, 3, h, w)

@@ -1,0 +1,75 @@
+"""Working through evaluations and saying how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tribute.store.records import ClaimedEvaluation, Store
+from tribute.study.executors import Executor
+from tribute.study.listener import Listener
+from tribute.study.value_function import Evaluation
+
+ROLE_TITLES = {
+    "empty": "end points",
+    "grand": "end points",
+    "fit": "fit",
+    "loo": "leave one out",
+    "test": "test",
+}
+
+
+def work_through(
+    executor: Executor,
+    store: Store,
+    study_id: int,
+    evaluation_ids: Sequence[int],
+    behavior_names: Sequence[str],
+    listener: Listener,
+) -> None:
+    """Measure every evaluation that is still to be measured; those that failed before are tried again.
+
+    Args:
+        executor: Measures.
+        store: Holds them.
+        study_id: Their study.
+        evaluation_ids: Their numbers.
+        behavior_names: Those that are shown as they come.
+        listener: Is told of every one.
+    """
+    store.retry(study_id, evaluation_ids=evaluation_ids)
+    n_total = len(evaluation_ids)
+    n_before = store.counts(study_id, evaluation_ids=evaluation_ids)["finished"]
+    if n_before:
+        listener.message(f"{n_before} of {n_total} evaluations are done already")
+    to_do = store.find(study_id, statuses=("pending", "running"), evaluation_ids=evaluation_ids)
+    remaining: dict[str, int] = {}
+    for item in to_do:
+        remaining[item.spec.method] = remaining.get(item.spec.method, 0) + 1
+    spent: dict[str, list[float]] = {method: [] for method in remaining}
+
+    def on_done(claimed: ClaimedEvaluation, evaluation: Evaluation) -> None:
+        method = claimed.spec.method
+        remaining[method] -= 1
+        if claimed.spec.coalition_mask.any():
+            spent[method].append(sum(evaluation.seconds.values()))
+        rates = {name: float(np.mean(values)) if values else 0.0 for name, values in spent.items()}
+        fallback = max(rates.values())
+        left = sum(count * (rates[name] or fallback) for name, count in remaining.items())
+        values = ", ".join(f"{name} {evaluation.behaviors[name]:.3f}" for name in behavior_names)
+        title = ROLE_TITLES.get(claimed.spec.role or "fit", claimed.spec.role)
+        text = f"{title}: {values}; about {duration(left)} left"
+        listener.progress("coalitions", n_total - sum(remaining.values()), n_total, text)
+
+    executor.run(store, study_id, evaluation_ids=evaluation_ids, on_done=on_done)
+    failed = store.find(study_id, statuses=("failed",), evaluation_ids=evaluation_ids)
+    if failed:
+        listener.message(f"{len(failed)} evaluations failed, e.g. {failed[0].error}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as text for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
