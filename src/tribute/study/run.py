@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tribute.config import StudyConfig
 from tribute.games.stopping import looks, narrow_enough, share_half_width
@@ -12,6 +13,7 @@ from tribute.models.pipelines import is_foreign, load_model
 from tribute.store.records import EvaluationSpec, Store
 from tribute.study.attribution import fit_attributions
 from tribute.study.compatibility import check_not_pruned, check_trained_on_everybody
+from tribute.study.costs import ModelCosts, model_costs
 from tribute.study.evaluations import plan_evaluations
 from tribute.study.executors import Executor, SerialExecutor
 from tribute.study.listener import Listener
@@ -137,14 +139,20 @@ def prepare_study(config: StudyConfig, listener: Listener) -> PreparedStudy | No
         behaviors=tuple(worker.reported_behaviors()),
         evaluations=by_role(specs),
         models={
-            "full": {"n_steps": full.n_steps, **({"origin": full.meta["origin"]} if is_foreign(full) else {})},
-            "sparse": {"n_steps": sparse.n_steps, **load_pruned_summary(config)},
+            "full": _full_model_record(full, loaded=loaded is not None),
+            "sparse": {**model_costs(sparse.meta).as_record(), **load_pruned_summary(config)},
         },
         classifier_accuracy=worker.classifier_accuracy,
         provenance=worker.provenance(),
     )
     record.write(config.run_dir)
     return PreparedStudy(session, full, sparse, specs, record)
+
+
+def _full_model_record(full: Checkpoint, *, loaded: bool) -> dict[str, Any]:
+    """What the record says of the full model; one that was loaded took this study no time."""
+    costs = ModelCosts(full.n_steps) if loaded else model_costs(full.meta)
+    return {**costs.as_record(), **({"origin": full.meta["origin"]} if is_foreign(full) else {})}
 
 
 def make_executor(prepared: PreparedStudy) -> Executor:
