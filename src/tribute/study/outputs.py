@@ -136,14 +136,26 @@ def attributions_csv(result: StudyResult) -> str:
             for i, name in enumerate(result.contributor_names):
                 numbers = [fitted.values[i], fitted.standard_errors[i], *intervals[i], share[i]]
                 texts = ["" if not math.isfinite(x) else f"{x:.8g}" for x in numbers]
-                row = [item.name, kernel, fitted.estimator, _plain(name), result.n_examples[i], *texts, *ranks[i]]
+                row = [
+                    item.name,
+                    kernel,
+                    fitted.estimator,
+                    spreadsheet_text(name),
+                    result.n_examples[i],
+                    *texts,
+                    *ranks[i],
+                ]
                 writer.writerow(row)
     return text.getvalue()
 
 
-def _plain(name: str) -> str:
-    """A contributor's name that no spreadsheet takes for a formula."""
-    return f"'{name}" if name[:1] in ("=", "+", "-", "@", "\t", "\r") else name
+def spreadsheet_text(name: str) -> str:
+    """A name that no spreadsheet takes for a formula: preceded by `'` where one would, as it is otherwise.
+
+    Spaces before the sign do not make a formula harmless everywhere, nor do the wide forms of East Asian keyboards.
+    """
+    begins_formula = name[:1] in ("\t", "\r", "\n") or name.lstrip()[:1] in tuple("=+-@\uff1d\uff0b\uff0d\uff20")
+    return f"'{name}" if begins_formula else name
 
 
 def summary(result: StudyResult) -> dict[str, Any]:
