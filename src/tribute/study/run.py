@@ -18,10 +18,12 @@ from tribute.study.compatibility import check_not_pruned, check_trained_on_every
 from tribute.study.costs import ModelCosts, model_costs, read_costs
 from tribute.study.evaluations import plan_evaluations
 from tribute.study.executors import Executor, SerialExecutor, always
+from tribute.study.ingredients import gather_ingredients
 from tribute.study.listener import Listener
+from tribute.study.manifest import read_and_attest
 from tribute.study.models import load_pruned_summary, train_and_prune
 from tribute.study.record import StudyRecord, by_role
-from tribute.study.results import StudyResult, read_fit_evaluations, read_result
+from tribute.study.results import StudyResult, read_fit_evaluations
 from tribute.study.run_folder import claim_run_dir
 from tribute.study.session import StudySession, check_settings, study_preset
 from tribute.study.work import work_through
@@ -85,12 +87,14 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult | None:
         executor.close()
         session.team.dismiss()
         listener.stage("Attributions and LDS")
-        if stopped is None:
-            return read_result(config, record, store)
-        listener.message(str(stopped))
+        ingredients = gather_ingredients(config, session, prepared.full, prepared.sparse)
+        if stopped is not None:
+            listener.message(str(stopped))
         try:
-            return read_result(config, record, store)
+            return read_and_attest(config, record, store, ingredients)
         except FitError as error:
+            if stopped is None:
+                raise
             listener.message(f"nothing can be fitted yet: {error}")
             return None
 
