@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -13,19 +14,24 @@ from tribute.store.records import EvaluationSpec, Store
 from tribute.study.attribution import fit_attributions
 from tribute.study.compatibility import check_not_pruned, check_trained_on_everybody
 from tribute.study.evaluations import plan_evaluations
-from tribute.study.executors import Executor, SerialExecutor
+from tribute.study.executors import Executor, SerialExecutor, check_execution
 from tribute.study.listener import Listener
 from tribute.study.models import load_pruned_summary, train_and_prune
 from tribute.study.record import StudyRecord, by_role
 from tribute.study.results import StudyResult, read_fit_evaluations, read_result
-from tribute.study.run_folder import claim_run_dir
+from tribute.study.run_folder import RunLock, claim_run_dir
 from tribute.study.session import StudySession, check_settings, study_preset
 from tribute.study.work import work_through
 from tribute.types import Attributions
 
 
-def run_study(config: StudyConfig, listener: Listener) -> StudyResult | None:
+def run_study(config: StudyConfig, listener: Listener, *, wait: bool = False) -> StudyResult | None:
     """Run all stages of a study, or what is left of them.
+
+    Args:
+        config: The study.
+        listener: Is told how far it is.
+        wait: Wait for another process that writes into the run folder, instead of refusing.
 
     Returns:
         None on the processes of `accelerate launch` that only help the main one to train and sample.
@@ -33,18 +39,32 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult | None:
     Raises:
         MixedResultsError: The run folder or the store holds a study with other settings.
         ConfigError: This machine cannot do what the settings ask for.
+        StoreError: Another process writes into the run folder.
     """
-    prepared = prepare_study(config, listener)
-    if prepared is None:
-        return None
-    session, record, specs = prepared.session, prepared.record, prepared.specs
-    executor = make_executor(prepared)
-    with Store.open(config.db_url) as store:
-        study_id = open_study(store, config, record)
-        listener.stage("Coalitions")
+    check_execution(config.execution)
+    with RunLock(config.run_dir, wait=wait, on_wait=listener.message) as lock:
+        prepared = prepare_study(config, listener, lock)
+        if prepared is None:
+            return None
+        with Store.open(config.db_url) as store:
+            if store.serves_many_hosts:
+                lock.release()  # claims keep several processes apart; each helps the others
+            return _measure_and_fit(config, prepared, store, listener)
+
+
+def _measure_and_fit(config: StudyConfig, prepared: PreparedStudy, store: Store, listener: Listener) -> StudyResult:
+    """What comes after the models."""
+    record, specs = prepared.record, prepared.specs
+    study_id = open_study(store, config, record)
+    listener.stage("Coalitions")
+    executor = make_executor(prepared, listener)
+    try:
+        tried_again: set[int] = set()
 
         def measure(specs: list[EvaluationSpec]) -> list[int]:
             evaluation_ids = store.add(study_id, specs)
+            store.retry(study_id, evaluation_ids=[i for i in evaluation_ids if i not in tried_again])
+            tried_again.update(evaluation_ids)  # once in a run: what fails in it is set aside
             work_through(executor, store, study_id, evaluation_ids, record.behaviors, listener)
             return evaluation_ids
 
@@ -65,10 +85,11 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult | None:
             record = replace(record, evaluations=by_role(specs))
             record.write(config.run_dir)
         measure(specs)
+    finally:
         executor.close()
-        session.team.dismiss()
-        listener.stage("Attributions and LDS")
-        return read_result(config, record, store)
+    prepared.session.team.dismiss()
+    listener.stage("Attributions and LDS")
+    return read_result(config, record, store)
 
 
 @dataclass(frozen=True)
@@ -90,8 +111,13 @@ class PreparedStudy:
     record: StudyRecord
 
 
-def prepare_study(config: StudyConfig, listener: Listener) -> PreparedStudy | None:
+def prepare_study(config: StudyConfig, listener: Listener, lock: RunLock | None = None) -> PreparedStudy | None:
     """Everything before the first coalition: data, full model, sparse model, plan; what is there is not made again.
+
+    Args:
+        config: The study.
+        listener: Is told how far it is.
+        lock: Taken before anything is written into the run folder.
 
     Returns:
         None on the processes of `accelerate launch` that only help the main one, once it dismisses them.
@@ -99,7 +125,10 @@ def prepare_study(config: StudyConfig, listener: Listener) -> PreparedStudy | No
     Raises:
         MixedResultsError: The run folder holds a study with other settings.
         ConfigError: This machine cannot do what the settings ask for.
+        StoreError: Another process has the lock.
     """
+    if lock is not None and config.run_dir.exists() and os.environ.get("RANK", "0") == "0":
+        lock.acquire()  # a second run is told at once, not after it has read the data
     loaded = None if config.full_model.load is None else load_model(config.full_model.load)
     if loaded is not None:
         check_not_pruned(loaded, setting="full_model.load")
@@ -115,6 +144,8 @@ def prepare_study(config: StudyConfig, listener: Listener) -> PreparedStudy | No
     worker = session.worker
     leads = worker.trainer.processes.is_main
     if leads:
+        if lock is not None:
+            lock.acquire()
         claim_run_dir(config)  # only now: what is wrong in the settings must not be kept as the study's
     table = worker.data.contributors
     listener.message(f"{worker.data.n_examples:,} images of {table.n_contributors} contributors")
@@ -147,11 +178,14 @@ def prepare_study(config: StudyConfig, listener: Listener) -> PreparedStudy | No
     return PreparedStudy(session, full, sparse, specs, record)
 
 
-def make_executor(prepared: PreparedStudy) -> Executor:
-    """What measures the coalitions of a study."""
+def make_executor(prepared: PreparedStudy, listener: Listener) -> Executor:
+    """What measures the coalitions of a study, as `execution` says; to be closed."""
     worker = prepared.session.worker
     return SerialExecutor(
-        prepared.session.measure, definitions=worker.behavior_definitions(), provenance=worker.provenance()
+        prepared.session.measure,
+        definitions=worker.behavior_definitions(),
+        provenance=worker.provenance(),
+        stall_seconds=prepared.session.config.execution.stall_seconds,
     )
 
 
