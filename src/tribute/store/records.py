@@ -50,7 +50,7 @@ from sqlalchemy import (
 from sqlalchemy.engine import Connection
 
 from tribute.errors import BehaviorError, CoalitionError, MixedResultsError, StoreError
-from tribute.store import tables
+from tribute.store import database, tables
 from tribute.store.patience import Patience
 from tribute.store.tables import artifact, behavior, contributor, evaluation, study
 from tribute.types import Behaviors, CoalitionMask, CoalitionMasks
@@ -398,9 +398,9 @@ class Store:
 
     def __init__(self, engine: Engine, *, patience: Patience | None = None) -> None:
         self._engine = engine
-        self._writing_engine = tables.writer(engine)
+        self._writing_engine = database.writer(engine)
         self._patience = patience or Patience()
-        self._is_file = tables.database_file(engine.url) is not None
+        self._is_file = database.database_file(engine.url) is not None
 
     @classmethod
     def open(cls, location: str | Path, *, create: bool = True, patience: Patience | None = None) -> Store:
@@ -417,7 +417,7 @@ class Store:
                 `create=False`.
         """
         patience = patience or Patience()
-        return cls(tables.open_database(location, create=create, patience=patience), patience=patience)
+        return cls(database.open_database(location, create=create, patience=patience), patience=patience)
 
     def __enter__(self) -> Store:
         return self
@@ -430,7 +430,7 @@ class Store:
     @property
     def location(self) -> str:
         """The path of the file, or the URL without its password."""
-        return tables.shown(self._engine.url)
+        return database.shown(self._engine.url)
 
     def close(self) -> None:
         """Close all connections."""
