@@ -419,7 +419,7 @@ class _Search:
 
     filters: Mapping[str, Any]
     pending: Select[Any]
-    owners: Select[Any]  # of what is running, with the end of the first lease
+    owners: Select[Any, Any]  # of what is running, with the end of the first lease
     abandoned: Select[Any]  # parameters: now, gone
 
 
