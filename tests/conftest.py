@@ -100,7 +100,7 @@ def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
     """URL of an empty database of this test's own."""
     name = postgres_server.new_database()
     yield postgres_server.url(name)
-    postgres_server.drop_database(name)
+    postgres_server.empty_database(name)
 
 
 @pytest.fixture
