@@ -108,6 +108,11 @@ class Measurement:
         """Whether any behavior looks through the in-domain classifier."""
         return CLASSIFIER in {self._resolve(extractor_of(b)) for b in self.behaviors if b.uses_features}
 
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of the weights and the architecture of every extractor that a behavior looks through, by its name."""
+        names = sorted({self._resolve(extractor_of(behavior)) for behavior in self.behaviors if behavior.uses_features})
+        return {name: self.extractor(name).fingerprint for name in names}
+
     def measure(self, images: Images) -> dict[str, float]:
         """Behaviors of generated images, by name."""
         needy = [behavior for behavior in self.behaviors if behavior.uses_features]

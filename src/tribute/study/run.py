@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tribute.config import StudyConfig
+from tribute.errors import FitError, StoppedEarly
 from tribute.games.stopping import looks, narrow_enough, share_half_width
 from tribute.models.checkpoint import Checkpoint
 from tribute.models.pipelines import is_foreign, load_model
 from tribute.store.records import EvaluationSpec, Store
 from tribute.study.attribution import fit_attributions
+from tribute.study.budget import Budget
 from tribute.study.compatibility import check_not_pruned, check_trained_on_everybody
+from tribute.study.costs import ModelCosts, model_costs, read_costs
 from tribute.study.evaluations import plan_evaluations
-from tribute.study.executors import Executor, SerialExecutor, check_execution
+from tribute.study.executors import Executor, SerialExecutor, always, check_execution
+from tribute.study.ingredients import gather_ingredients
 from tribute.study.listener import Listener
+from tribute.study.manifest import read_and_attest
 from tribute.study.models import load_pruned_summary, train_and_prune
 from tribute.study.record import StudyRecord, by_role
-from tribute.study.results import StudyResult, read_fit_evaluations, read_result
+from tribute.study.results import StudyResult, read_fit_evaluations
 from tribute.study.run_folder import RunLock, claim_run_dir
 from tribute.study.session import StudySession, check_settings, study_preset
 from tribute.study.work import work_through
@@ -34,7 +40,8 @@ def run_study(config: StudyConfig, listener: Listener, *, wait: bool = False) ->
         wait: Wait for another process that writes into the run folder, instead of refusing.
 
     Returns:
-        None on the processes of `accelerate launch` that only help the main one to train and sample.
+        None on the processes of `accelerate launch` that only help the main one to train and sample, and where
+        `max_device_hours` did not suffice for anything to be fitted; the listener was told.
 
     Raises:
         MixedResultsError: The run folder or the store holds a study with other settings.
@@ -43,7 +50,11 @@ def run_study(config: StudyConfig, listener: Listener, *, wait: bool = False) ->
     """
     check_execution(config.execution)
     with RunLock(config.run_dir, wait=wait, on_wait=listener.message) as lock:
-        prepared = prepare_study(config, listener, lock)
+        try:
+            prepared = prepare_study(config, listener, lock)
+        except StoppedEarly as stopped:
+            listener.message(str(stopped))
+            return None
         if prepared is None:
             return None
         with Store.open(config.db_url) as store:
@@ -52,44 +63,60 @@ def run_study(config: StudyConfig, listener: Listener, *, wait: bool = False) ->
             return _measure_and_fit(config, prepared, store, listener)
 
 
-def _measure_and_fit(config: StudyConfig, prepared: PreparedStudy, store: Store, listener: Listener) -> StudyResult:
+def _measure_and_fit(
+    config: StudyConfig, prepared: PreparedStudy, store: Store, listener: Listener
+) -> StudyResult | None:
     """What comes after the models."""
-    record, specs = prepared.record, prepared.specs
+    session, record, specs, budget = prepared.session, prepared.record, prepared.specs, prepared.budget
     study_id = open_study(store, config, record)
     listener.stage("Coalitions")
+    tried_again: set[int] = set()
+
+    def measure(specs: list[EvaluationSpec]) -> list[int]:
+        evaluation_ids = store.add(study_id, specs)
+        store.retry(study_id, evaluation_ids=[i for i in evaluation_ids if i not in tried_again])
+        tried_again.update(evaluation_ids)  # once in a run: what fails in it is set aside
+        go_on = go_on_within(budget, store, study_id, evaluation_ids)
+        work_through(executor, store, study_id, evaluation_ids, record.behaviors, listener, go_on=go_on)
+        if budget is not None and budget.stopped:
+            raise StoppedEarly(budget.message(read_costs(config, record, store)))
+        return evaluation_ids
+
+    def credit(evaluation_ids: list[int], behavior_name: str) -> Attributions:
+        fit, end_points = read_fit_evaluations(store, study_id, evaluation_ids, behavior_name)
+        return fit_attributions(
+            fit.masks,
+            fit.behaviors,
+            end_points,
+            design=config.fit.design_name,
+            estimator=config.estimator,
+            contributor_names=record.contributor_names,
+        )
+
+    stopped: StoppedEarly | None = None
     executor = make_executor(prepared, listener)
     try:
-        tried_again: set[int] = set()
-
-        def measure(specs: list[EvaluationSpec]) -> list[int]:
-            evaluation_ids = store.add(study_id, specs)
-            store.retry(study_id, evaluation_ids=[i for i in evaluation_ids if i not in tried_again])
-            tried_again.update(evaluation_ids)  # once in a run: what fails in it is set aside
-            work_through(executor, store, study_id, evaluation_ids, record.behaviors, listener)
-            return evaluation_ids
-
         if config.fit.until_interval is not None:
-
-            def credit(evaluation_ids: list[int], behavior_name: str) -> Attributions:
-                fit, end_points = read_fit_evaluations(store, study_id, evaluation_ids, behavior_name)
-                return fit_attributions(
-                    fit.masks,
-                    fit.behaviors,
-                    end_points,
-                    design=config.fit.design_name,
-                    estimator=config.estimator,
-                    contributor_names=record.contributor_names,
-                )
-
             specs = measure_until_narrow(config.fit.until_interval, specs, record.behaviors, measure, credit, listener)
             record = replace(record, evaluations=by_role(specs))
             record.write(config.run_dir)
         measure(specs)
+    except StoppedEarly as error:
+        stopped = error
     finally:
         executor.close()
-    prepared.session.team.dismiss()
+    session.team.dismiss()
     listener.stage("Attributions and LDS")
-    return read_result(config, record, store)
+    ingredients = gather_ingredients(config, session, prepared.full, prepared.sparse)
+    if stopped is not None:
+        listener.message(str(stopped))
+    try:
+        return read_and_attest(config, record, store, ingredients)
+    except FitError as error:
+        if stopped is None:
+            raise
+        listener.message(f"nothing can be fitted yet: {error}")
+        return None
 
 
 @dataclass(frozen=True)
@@ -102,6 +129,7 @@ class PreparedStudy:
         sparse: Pruned and fine-tuned on everybody.
         specs: All evaluations that the study asks for, in the order of their worth.
         record: What is known before the first of them, as written into the run folder.
+        budget: Of `max_device_hours`; None without one.
     """
 
     session: StudySession
@@ -109,6 +137,7 @@ class PreparedStudy:
     sparse: Checkpoint
     specs: list[EvaluationSpec]
     record: StudyRecord
+    budget: Budget | None = None
 
 
 def prepare_study(config: StudyConfig, listener: Listener, lock: RunLock | None = None) -> PreparedStudy | None:
@@ -126,6 +155,7 @@ def prepare_study(config: StudyConfig, listener: Listener, lock: RunLock | None 
         MixedResultsError: The run folder holds a study with other settings.
         ConfigError: This machine cannot do what the settings ask for.
         StoreError: Another process has the lock.
+        StoppedEarly: `max_device_hours` does not suffice for the models; the message says how to go on.
     """
     if lock is not None and config.run_dir.exists() and os.environ.get("RANK", "0") == "0":
         lock.acquire()  # a second run is told at once, not after it has read the data
@@ -153,7 +183,11 @@ def prepare_study(config: StudyConfig, listener: Listener, lock: RunLock | None 
         worker.behavior_definitions()  # loads every extractor: what is missing is found before hours of training
         if worker.classifier_accuracy is not None:
             listener.message(f"classifier: held-out accuracy {worker.classifier_accuracy:.1%}")
-    full, sparse = train_and_prune(config, preset, worker, listener, loaded)
+    budget = None if config.max_device_hours is None else Budget(config, n_processes=worker.trainer.processes.n)
+    try:
+        full, sparse = train_and_prune(config, preset, worker, listener, loaded, budget)
+    except StoppedEarly as stopped:
+        raise StoppedEarly(str(stopped) if budget is None else budget.message()) from stopped
     session.use_models(full, sparse)
     if not leads:
         session.team.follow()
@@ -168,14 +202,31 @@ def prepare_study(config: StudyConfig, listener: Listener, lock: RunLock | None 
         behaviors=tuple(worker.reported_behaviors()),
         evaluations=by_role(specs),
         models={
-            "full": {"n_steps": full.n_steps, **({"origin": full.meta["origin"]} if is_foreign(full) else {})},
-            "sparse": {"n_steps": sparse.n_steps, **load_pruned_summary(config)},
+            "full": _full_model_record(full, loaded=loaded is not None),
+            "sparse": {**model_costs(sparse.meta).as_record(), **load_pruned_summary(config)},
         },
         classifier_accuracy=worker.classifier_accuracy,
         provenance=worker.provenance(),
     )
     record.write(config.run_dir)
-    return PreparedStudy(session, full, sparse, specs, record)
+    if budget is not None:
+        budget.refresh()
+    return PreparedStudy(session, full, sparse, specs, record, budget)
+
+
+def go_on_within(
+    budget: Budget | None, store: Store, study_id: int, evaluation_ids: Sequence[int]
+) -> Callable[[], bool]:
+    """What an executor asks before each of some evaluations: whether the budget allows it."""
+    if budget is None:
+        return always
+    return lambda: budget.allows_next(store, study_id, evaluation_ids)
+
+
+def _full_model_record(full: Checkpoint, *, loaded: bool) -> dict[str, Any]:
+    """What the record says of the full model; one that was loaded took this study no time."""
+    costs = ModelCosts(full.n_steps) if loaded else model_costs(full.meta)
+    return {**costs.as_record(), **({"origin": full.meta["origin"]} if is_foreign(full) else {})}
 
 
 def make_executor(prepared: PreparedStudy, listener: Listener) -> Executor:
