@@ -60,16 +60,17 @@ def run_study(config: StudyConfig, listener: Listener, *, wait: bool = False) ->
         with Store.open(config.db_url) as store:
             if store.serves_many_hosts:
                 lock.release()  # claims keep several processes apart; each helps the others
-            return _measure_and_fit(config, prepared, store, listener)
+            stopped = _measure(config, prepared, store, listener)
+            return _fit(config, prepared, store, listener, stopped)
 
 
-def _measure_and_fit(
-    config: StudyConfig, prepared: PreparedStudy, store: Store, listener: Listener
-) -> StudyResult | None:
-    """What comes after the models."""
-    session, record, specs, budget = prepared.session, prepared.record, prepared.specs, prepared.budget
+def _measure(config: StudyConfig, prepared: PreparedStudy, store: Store, listener: Listener) -> StoppedEarly | None:
+    """Measure the coalitions; returns why it ended before all were measured, where it did."""
+    record, specs, budget = prepared.record, prepared.specs, prepared.budget
     study_id = open_study(store, config, record)
     listener.stage("Coalitions")
+    stopped: StoppedEarly | None = None
+    executor = make_executor(prepared, listener)
     tried_again: set[int] = set()
 
     def measure(specs: list[EvaluationSpec]) -> list[int]:
@@ -93,25 +94,29 @@ def _measure_and_fit(
             contributor_names=record.contributor_names,
         )
 
-    stopped: StoppedEarly | None = None
-    executor = make_executor(prepared, listener)
     try:
         if config.fit.until_interval is not None:
             specs = measure_until_narrow(config.fit.until_interval, specs, record.behaviors, measure, credit, listener)
-            record = replace(record, evaluations=by_role(specs))
-            record.write(config.run_dir)
+            replace(record, evaluations=by_role(specs)).write(config.run_dir)
         measure(specs)
     except StoppedEarly as error:
         stopped = error
     finally:
         executor.close()
-    session.team.dismiss()
+    prepared.session.team.dismiss()
+    return stopped
+
+
+def _fit(
+    config: StudyConfig, prepared: PreparedStudy, store: Store, listener: Listener, stopped: StoppedEarly | None
+) -> StudyResult | None:
+    """Attributions and LDS of what was measured, with the manifest."""
     listener.stage("Attributions and LDS")
-    ingredients = gather_ingredients(config, session, prepared.full, prepared.sparse)
     if stopped is not None:
         listener.message(str(stopped))
+    ingredients = gather_ingredients(config, prepared.session, prepared.full, prepared.sparse)
     try:
-        return read_and_attest(config, record, store, ingredients)
+        return read_and_attest(config, StudyRecord.read(config), store, ingredients)
     except FitError as error:
         if stopped is None:
             raise
@@ -154,8 +159,8 @@ def prepare_study(config: StudyConfig, listener: Listener, lock: RunLock | None 
     Raises:
         MixedResultsError: The run folder holds a study with other settings.
         ConfigError: This machine cannot do what the settings ask for.
-        StoreError: Another process has the lock.
         StoppedEarly: `max_device_hours` does not suffice for the models; the message says how to go on.
+        StoreError: Another process has the lock.
     """
     if lock is not None and config.run_dir.exists() and os.environ.get("RANK", "0") == "0":
         lock.acquire()  # a second run is told at once, not after it has read the data

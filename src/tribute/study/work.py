@@ -51,7 +51,7 @@ def work_through(
         evaluation_ids: Their numbers.
         behavior_names: Those that are shown as they come.
         listener: Is told of every one.
-        go_on: Asked before each one is begun; False ends the work.
+        go_on: Asked before each one is begun; False leaves the rest for another time.
         pause: Called between two looks at what other processes have in hand.
     """
     n_total = len(evaluation_ids)
