@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tribute.config import StudyConfig
-from tribute.errors import FitError, StoppedEarly
+from tribute.errors import ConfigError, FitError, StoppedEarly
 from tribute.games.stopping import looks, narrow_enough, share_half_width
 from tribute.models.checkpoint import Checkpoint
 from tribute.models.pipelines import is_foreign, load_model
@@ -69,6 +69,7 @@ def _measure(config: StudyConfig, prepared: PreparedStudy, store: Store, listene
     record, specs, budget = prepared.record, prepared.specs, prepared.budget
     study_id = open_study(store, config, record)
     listener.stage("Coalitions")
+    stopped: StoppedEarly | None = None
     executor = make_executor(prepared, listener)
     tried_again: set[int] = set()
 
@@ -98,12 +99,12 @@ def _measure(config: StudyConfig, prepared: PreparedStudy, store: Store, listene
             specs = measure_until_narrow(config.fit.until_interval, specs, record.behaviors, measure, credit, listener)
             replace(record, evaluations=by_role(specs)).write(config.run_dir)
         measure(specs)
-    except StoppedEarly as stopped:
-        return stopped
+    except StoppedEarly as error:
+        stopped = error
     finally:
         executor.close()
     prepared.session.team.dismiss()
-    return None
+    return stopped
 
 
 def _fit(
@@ -234,13 +235,34 @@ def _full_model_record(full: Checkpoint, *, loaded: bool) -> dict[str, Any]:
 
 
 def make_executor(prepared: PreparedStudy, listener: Listener) -> Executor:
-    """What measures the coalitions of a study, as `execution` says; to be closed."""
-    worker = prepared.session.worker
+    """What measures the coalitions of a study, as `execution` says; to be closed.
+
+    Raises:
+        ConfigError: Workers of Ray beside the processes of `accelerate launch`.
+    """
+    session = prepared.session
+    config, worker = session.config, session.worker
+    if config.execution.executor == "ray":
+        if worker.trainer.processes.n > 1:
+            raise ConfigError(
+                "execution.executor: a study is measured by workers of Ray or by the processes of accelerate launch; "
+                f"found ray in a launch of {worker.trainer.processes.n} processes. Use one of the two"
+            )
+        from tribute.study.ray_executor import RayExecutor, StudyAssignment
+
+        return RayExecutor(
+            StudyAssignment.of(session, prepared.full, prepared.sparse),
+            definitions=worker.behavior_definitions(),
+            execution=config.execution,
+            n_threads=config.n_threads,
+            namespace=f"tribute-{config.name}",
+            on_message=listener.message,
+        )
     return SerialExecutor(
-        prepared.session.measure,
+        session.measure,
         definitions=worker.behavior_definitions(),
         provenance=worker.provenance(),
-        stall_seconds=prepared.session.config.execution.stall_seconds,
+        stall_seconds=config.execution.stall_seconds,
     )
 
 
