@@ -13,7 +13,7 @@ from tribute.models.checkpoint import Checkpoint
 from tribute.models.pipelines import is_foreign, load_model
 from tribute.store.records import EvaluationSpec, Store
 from tribute.study.attribution import fit_attributions
-from tribute.study.budget import Budget
+from tribute.study.budget import Budget, estimate_from_training
 from tribute.study.compatibility import check_not_pruned, check_trained_on_everybody
 from tribute.study.costs import ModelCosts, model_costs, read_costs
 from tribute.study.evaluations import plan_evaluations
@@ -25,7 +25,7 @@ from tribute.study.models import load_pruned_summary, train_and_prune
 from tribute.study.record import StudyRecord, by_role
 from tribute.study.results import StudyResult, read_fit_evaluations
 from tribute.study.run_folder import claim_run_dir
-from tribute.study.session import StudySession, check_settings, study_preset
+from tribute.study.session import StudySession, check_settings, study_preset, study_trainings
 from tribute.study.work import work_through
 from tribute.types import Attributions
 
@@ -181,6 +181,7 @@ def prepare_study(config: StudyConfig, listener: Listener) -> PreparedStudy | No
     record.write(config.run_dir)
     if budget is not None:
         budget.refresh()
+        budget.estimate = estimate_from_training(record.models, study_trainings(config, preset), session.sampling)
     return PreparedStudy(session, full, sparse, specs, record, budget)
 
 

@@ -115,6 +115,19 @@ def check_settings(config: StudyConfig, preset: Preset) -> None:
     check_precision(preset.sampling.mixed_precision, None)
 
 
+def study_trainings(config: StudyConfig, preset: Preset) -> dict[str, TrainConfig]:
+    """Training settings of a study by what is trained: `full_model`, `sparse_model`, `gd` and `retrain`."""
+    stages = {
+        "full_model": (config.full_model, "retrain"),
+        "sparse_model": (config.sparse_model, "prune_fine_tune"),
+        "gd": (config.gd, "gd"),
+        "retrain": (config.retrained_model, "retrain"),
+    }
+    return {
+        name: train_settings(preset, changes, method, config.opt_seed) for name, (changes, method) in stages.items()
+    }
+
+
 def train_settings(preset: Preset, changes: StudyModelConfig, method: str, opt_seed: int) -> TrainConfig:
     """Training settings of a stage: the preset's, with the study's changes."""
     return preset.train_config(method, opt_seed=opt_seed, **changes.model_dump(exclude={"load"}))
