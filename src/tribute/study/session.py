@@ -64,7 +64,15 @@ class StudySession:
             "gd": worker.value_function(worker.fine_tuning(sparse, sft, use_ema=sampling.use_ema), sampling),
             "retrain": worker.value_function(worker.retraining(retrain, use_ema=sampling.use_ema), sampling),
         }
-        starts = {"gd": (sft, sparse.model_hash), "retrain": (retrain, preset.unet.fingerprint())}
+        for name, model in (("full", full), ("sparse", sparse)):  # as they are, for the pilot
+            method = worker.as_is(model, use_ema=sampling.use_ema, counts_training=False)
+            value_functions[name] = worker.value_function(method, sampling)
+        starts = {
+            "gd": (sft, sparse.model_hash),
+            "retrain": (retrain, preset.unet.fingerprint()),
+            "full": (None, full.model_hash),
+            "sparse": (None, sparse.model_hash),
+        }
         self.settings = {
             method: worker.settings(sampling, train=train, start=start, use_ema=sampling.use_ema)
             for method, (train, start) in starts.items()
@@ -79,7 +87,7 @@ class StudySession:
         return self._team
 
     def measure(self, method: str, coalition_mask: CoalitionMask, *, opt_seed: int) -> Evaluation:
-        """v(S) of a coalition `(n_contributors,)` by `gd` or `retrain`."""
+        """v(S) of a coalition `(n_contributors,)` by `gd` or `retrain`, or everybody's `full` or `sparse` model."""
         return self.team.measure(method, coalition_mask, opt_seed=opt_seed)
 
 
