@@ -61,8 +61,8 @@ def print_pilot(result: PilotResult) -> None:
         f"{result.study}: {result.n_coalitions} coalitions by sparsified fine-tuning (sFT) and by retraining",
         ["behavior", "rank corr.", "95 % interval", "sFT", "retrained", "sparse", "full", "noise/spread"],
         [behavior_row(item) for item in result.behaviors],
-        note="sFT and retrained: means over the coalitions; noise/spread: standard deviation between two training seeds "
-        "over that between coalitions, by sFT and by retraining; with one pair each, it is rough",
+        note="sFT and retrained: means over the coalitions; noise/spread: standard deviation between two training "
+        "seeds over that between coalitions, by sFT and by retraining; with one pair each, it is rough",
     )
     for item in result.behaviors:
         print_line(f"{item.name}: {TITLES[item.verdict]}")

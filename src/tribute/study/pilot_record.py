@@ -1,7 +1,7 @@
 """What a pilot found, and what follows from it: read and judged without PyTorch.
 
-`tribute pilot` writes `pilot.json` into the run folder; `tribute run` and `tribute report` read it. docs/planning.md has
-the rules and their reasons.
+`tribute pilot` writes `pilot.json` into the run folder; `tribute run` and `tribute report` read it. The rules and their
+reasons are in docs/planning.md.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
+
 from tribute.errors import StoreError
 from tribute.files import write_whole
 from tribute.games.lds import rank_correlation
@@ -164,6 +165,23 @@ def read_pilot(run_dir: Path) -> PilotResult | None:
         ) from error
 
 
+def pilot_warning(run_dir: Path) -> str | None:
+    """What to say before a study goes on without a pilot that passed; None where one did."""
+    try:
+        found = read_pilot(run_dir)
+    except StoreError as error:
+        return f"warning: {error}"
+    if found is None:
+        return (
+            "warning: no pilot has shown yet that quick fine-tuning ranks coalitions as retraining does; tribute pilot "
+            "tells on a few of them"
+        )
+    if found.passed:
+        return None
+    failed = "; ".join(f"{item.name}: {TITLES[item.verdict]}" for item in found.behaviors if not item.passed)
+    return f"warning: the pilot did not pass ({failed}); tribute pilot says why"
+
+
 def judge(
     name: str,
     sft: Sequence[float],
@@ -265,7 +283,8 @@ def _verdict(
                 (
                     "more_images",
                     f"more images: {shown}; by {method}, training seeds alone move the behavior by "
-                    f"{noises[method]:.3g}, {ratio:.2g} times the spread between coalitions ({spread:.3g}), where at most {MAX_NOISE:.2g} "
+                    f"{noises[method]:.3g}, {ratio:.2g} times the spread between coalitions ({spread:.3g}), "
+                    f"where at most {MAX_NOISE:.2g} "
                     "leaves something to rank; raise sampling.n_samples, and where that does not help, train longer",
                 )
             )
@@ -274,7 +293,8 @@ def _verdict(
             (
                 "less_pruning",
                 f"less pruning: {shown}; the sparse model is {gap:+.3g} from the full one, "
-                f"{abs(gap) / retrain_spread:.2g} times the spread between retrained coalitions, where at most {MAX_SPARSE_GAP:g} is expected; lower "
+                f"{abs(gap) / retrain_spread:.2g} times the spread between retrained coalitions, "
+                f"where at most {MAX_SPARSE_GAP:g} is expected; lower "
                 "prune.pruning_ratio, or raise sparse_model.n_steps",
             )
         )

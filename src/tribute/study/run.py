@@ -22,6 +22,7 @@ from tribute.study.ingredients import gather_ingredients
 from tribute.study.listener import Listener
 from tribute.study.manifest import read_and_attest
 from tribute.study.models import load_pruned_summary, train_and_prune
+from tribute.study.pilot_record import pilot_warning
 from tribute.study.record import StudyRecord, by_role
 from tribute.study.results import StudyResult, read_fit_evaluations
 from tribute.study.run_folder import claim_run_dir
@@ -49,6 +50,8 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult | None:
     if prepared is None:
         return None
     session, record, specs, budget = prepared.session, prepared.record, prepared.specs, prepared.budget
+    if (warning := pilot_warning(config.run_dir)) is not None:
+        listener.message(warning)
     executor = make_executor(prepared)
     with Store.open(config.db_url) as store:
         study_id = open_study(store, config, record)
