@@ -79,7 +79,8 @@ class Budget:
         self.refresh()
         others = self._evaluations + sum(item.device_seconds for key, item in self._models.items() if key != name)
         begun = self._models[name]
-        if begun.n_steps < n_steps and others + begun.device_seconds >= self.device_seconds:
+        reserve = _STEPS_IN_RESERVE * begun.device_seconds / max(begun.n_steps, 1)
+        if begun.n_steps < n_steps and not others + begun.device_seconds + reserve < self.device_seconds:
             self.stopped = True
             raise StoppedEarly(self.message())
 
@@ -178,11 +179,13 @@ def estimate_from_training(
         per_example["retrain"] = per_example["gd"] * macs["before"] / max(macs["after"], 1)
     if not per_example["gd"]:
         per_example["gd"] = per_example["retrain"]
+    per_example |= {"full": per_example["retrain"], "sparse": per_example["gd"]}  # as they are: not trained
     calls_per_image = sampling.num_inference_steps * (1 if sampling.guidance_scale == 1.0 else 2)
 
     def estimate(method: str, is_empty: bool) -> float:
         """Device seconds of one evaluation."""
-        n_trained = 0 if is_empty else trainings[method].n_steps * trainings[method].examples_per_step
+        train = None if is_empty else trainings.get(method)
+        n_trained = 0 if train is None else train.n_steps * train.examples_per_step
         n_called = sampling.n_samples * calls_per_image
         return per_example[method] * (n_trained + _NETWORK_CALL * n_called)
 
