@@ -31,8 +31,8 @@ def hour_per_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every evaluation says that it took an hour of training, sampling and measuring; training the models, nothing."""
     make = run_module.make_executor
 
-    def make_slow(prepared: Any) -> Any:
-        executor = make(prepared)
+    def make_slow(prepared: Any, listener: Any) -> Any:
+        executor: Any = make(prepared, listener)
         measure = executor.measure
 
         def slow(method: str, mask: Any, *, opt_seed: int) -> Any:

@@ -28,6 +28,7 @@ class PilotArguments(RuntimeArguments):
     max_device_hours: float | None = Field(
         default=None, gt=0, description="Of the whole study; None: the study's max_device_hours."
     )
+    wait: bool = Field(default=False, description="Wait for another run of the study instead of refusing.")
 
 
 def run(argv: Sequence[str], prog: str) -> None:
@@ -45,7 +46,7 @@ def run(argv: Sequence[str], prog: str) -> None:
 
     report = StudyReport()
     try:
-        result = run_pilot(with_coalitions(config, arguments.n_coalitions), report)
+        result = run_pilot(with_coalitions(config, arguments.n_coalitions), report, wait=arguments.wait)
     except StoppedEarly as stopped:
         report.message(str(stopped))
         return

@@ -14,9 +14,11 @@ from tribute.games.coalitions import grand_coalition
 from tribute.store.records import EvaluationSpec, Store, StoredEvaluation
 from tribute.study.costs import read_costs
 from tribute.study.evaluations import distinct_draws
+from tribute.study.executors import check_execution
 from tribute.study.listener import Listener
 from tribute.study.pilot_record import PilotResult, judge
 from tribute.study.run import PreparedStudy, go_on_within, make_executor, open_study, prepare_study
+from tribute.study.run_folder import RunLock
 from tribute.study.work import work_through
 
 ROLE = "pilot"
@@ -53,8 +55,13 @@ class PilotSpecs:
         return [self.full, self.sparse, *self.sft, self.sft_again, *self.retrain, self.retrain_again]
 
 
-def run_pilot(config: StudyConfig, listener: Listener) -> PilotResult | None:
+def run_pilot(config: StudyConfig, listener: Listener, *, wait: bool = False) -> PilotResult | None:
     """Measure what of the pilot is not measured yet, judge it, and write `pilot.json` into the run folder.
+
+    Args:
+        config: The study.
+        listener: Is told how far it is.
+        wait: Wait for another process that writes into the run folder, instead of refusing.
 
     Returns:
         None on the processes of `accelerate launch` that only help the main one.
@@ -63,29 +70,42 @@ def run_pilot(config: StudyConfig, listener: Listener) -> PilotResult | None:
         StoppedEarly: `max_device_hours` does not suffice; the message says how to go on.
         FitError: There are too few coalitions, or evaluations failed.
         MixedResultsError: The run folder holds a study with other settings.
+        StoreError: Another process writes into the run folder.
     """
-    prepared = prepare_study(config, listener)
-    if prepared is None:
-        return None
-    record, budget = prepared.record, prepared.budget
-    try:
-        specs = plan_pilot(config, prepared.specs, record.n_contributors, prepared.session.settings)
-        executor = make_executor(prepared)
-        listener.stage("Pilot")
-        with Store.open(config.db_url) as store:
-            study_id = open_study(store, config, record)
-            evaluation_ids = store.add(study_id, specs.all)
-            go_on = go_on_within(budget, store, study_id, evaluation_ids)
-            work_through(executor, store, study_id, evaluation_ids, record.behaviors, listener, go_on=go_on)
-            executor.close()
-            if budget is not None and budget.stopped:
-                raise StoppedEarly(budget.message(read_costs(config, record, store)))
-            found = store.find(study_id, statuses=("finished",), evaluation_ids=evaluation_ids)
+    check_execution(config.execution)
+    with RunLock(config.run_dir, wait=wait, on_wait=listener.message) as lock:
+        prepared = prepare_study(config, listener, lock)
+        if prepared is None:
+            return None
+        try:
+            specs = plan_pilot(config, prepared.specs, prepared.record.n_contributors, prepared.session.settings)
+            with Store.open(config.db_url) as store:
+                found = _measure(config, prepared, specs, store, listener)
+        finally:
+            prepared.session.team.dismiss()
         result = judge_pilot(prepared, specs, found)
+        result.write(config.run_dir)
+        return result
+
+
+def _measure(
+    config: StudyConfig, prepared: PreparedStudy, specs: PilotSpecs, store: Store, listener: Listener
+) -> list[StoredEvaluation]:
+    """The finished evaluations of a pilot, once all that can be measured is."""
+    record, budget = prepared.record, prepared.budget
+    study_id = open_study(store, config, record)
+    evaluation_ids = store.add(study_id, specs.all)
+    store.retry(study_id, evaluation_ids=evaluation_ids)
+    listener.stage("Pilot")
+    executor = make_executor(prepared, listener)
+    try:
+        go_on = go_on_within(budget, store, study_id, evaluation_ids)
+        work_through(executor, store, study_id, evaluation_ids, record.behaviors, listener, go_on=go_on)
     finally:
-        prepared.session.team.dismiss()
-    result.write(config.run_dir)
-    return result
+        executor.close()
+    if budget is not None and budget.stopped:
+        raise StoppedEarly(budget.message(read_costs(config, record, store)))
+    return store.find(study_id, statuses=("finished",), evaluation_ids=evaluation_ids)
 
 
 def plan_pilot(
