@@ -8,6 +8,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "run": "a whole study from a YAML file: train, prune, coalitions, attributions, LDS",
     "plan": "what a study will cost: measured here, before it starts",
+    "pilot": "do fine-tuning and retraining agree on a few coalitions? Before the study",
     "data": "check training data before anything expensive (tribute data check)",
     "train": "train, retrain or fine-tune a model (main.py)",
     "prune": "prune a trained model (prune.py)",

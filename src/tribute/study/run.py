@@ -14,7 +14,7 @@ from tribute.models.checkpoint import Checkpoint
 from tribute.models.pipelines import is_foreign, load_model
 from tribute.store.records import EvaluationSpec, Store
 from tribute.study.attribution import fit_attributions
-from tribute.study.budget import Budget
+from tribute.study.budget import Budget, estimate_from_training
 from tribute.study.compatibility import check_not_pruned, check_trained_on_everybody
 from tribute.study.costs import ModelCosts, model_costs, read_costs
 from tribute.study.evaluations import plan_evaluations
@@ -23,10 +23,11 @@ from tribute.study.ingredients import gather_ingredients
 from tribute.study.listener import Listener
 from tribute.study.manifest import read_and_attest
 from tribute.study.models import load_pruned_summary, train_and_prune
+from tribute.study.pilot_record import pilot_warning
 from tribute.study.record import StudyRecord, by_role
 from tribute.study.results import StudyResult, read_fit_evaluations
 from tribute.study.run_folder import RunLock, claim_run_dir
-from tribute.study.session import StudySession, check_settings, study_preset
+from tribute.study.session import StudySession, check_settings, study_preset, study_trainings
 from tribute.study.work import work_through
 from tribute.types import Attributions
 
@@ -57,6 +58,8 @@ def run_study(config: StudyConfig, listener: Listener, *, wait: bool = False) ->
             return None
         if prepared is None:
             return None
+        if (warning := pilot_warning(config.run_dir)) is not None:
+            listener.message(warning)
         with Store.open(config.db_url) as store:
             if store.serves_many_hosts:
                 lock.release()  # claims keep several processes apart; each helps the others
@@ -94,6 +97,7 @@ def _measure(config: StudyConfig, prepared: PreparedStudy, store: Store, listene
             contributor_names=record.contributor_names,
         )
 
+    stopped: StoppedEarly | None = None
     try:
         if config.fit.until_interval is not None:
             specs = measure_until_narrow(config.fit.until_interval, specs, record.behaviors, measure, credit, listener)
@@ -216,6 +220,7 @@ def prepare_study(config: StudyConfig, listener: Listener, lock: RunLock | None 
     record.write(config.run_dir)
     if budget is not None:
         budget.refresh()
+        budget.estimate = estimate_from_training(record.models, study_trainings(config, preset), session.sampling)
     return PreparedStudy(session, full, sparse, specs, record, budget)
 
 
