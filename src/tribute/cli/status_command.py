@@ -13,7 +13,7 @@ import tyro
 from pydantic import Field
 
 from tribute.cli.arguments import Arguments, parse
-from tribute.cli.console import console, print_line, print_table
+from tribute.cli.console import console, duration_text, print_line, print_table
 from tribute.cli.lds_command import print_attributions
 from tribute.config import StudyConfig
 from tribute.study.outputs import shares
@@ -26,6 +26,7 @@ _STAGES = {
     "full_model": "training the full model",
     "pruned_model": "pruning",
     "sparse_model": "fine-tuning the sparse model",
+    "plan": "the models are there, and which coalitions to measure is not written yet; tribute run goes on",
     "coalitions": "measuring coalitions",
     "complete": "complete",
 }
@@ -106,7 +107,7 @@ def model_line(model: ModelStatus, at: float) -> str:
     steps = f"{model.n_steps:,} of {model.n_steps_planned:,} steps"
     if model.is_done or model.saved is None:
         return f"{title}: {steps}"
-    return f"{title}: {steps} at its last checkpoint, {duration(at - model.saved)} ago"
+    return f"{title}: {steps} at its last checkpoint, {duration_text(at - model.saved)} ago"
 
 
 def print_evaluations(status: StudyStatus) -> None:
@@ -125,18 +126,18 @@ def print_evaluations(status: StudyStatus) -> None:
             "credit (until_interval)"
         )
     if status.per_hour is not None:
-        left = "" if not status.seconds_left else f", about {duration(status.seconds_left)} left at that rate"
+        left = "" if not status.seconds_left else f", about {duration_text(status.seconds_left)} left at that rate"
         print_line(f"  {status.per_hour:,.1f} evaluations per hour{left}")
-    spent = [f"{_SPENT.get(name, name)} {duration(seconds)}" for name, seconds in status.seconds_spent.items()]
-    print_line(f"  spent {duration(sum(status.seconds_spent.values()))} of work: {', '.join(spent)}")
+    spent = [f"{_SPENT.get(name, name)} {duration_text(seconds)}" for name, seconds in status.seconds_spent.items()]
+    print_line(f"  spent {duration_text(sum(status.seconds_spent.values()))} of work: {', '.join(spent)}")
     for item in status.in_hand:
-        line = f"  {item.owner} has had {item.what} in hand for {duration(item.seconds)}"
+        line = f"  {item.owner} has had {item.what} in hand for {duration_text(item.seconds)}"
         if item.is_owner_gone:
             line += "; the process has ended, and the evaluation will be measured again"
         elif item.seconds_silent is not None:
-            line += f", last sign of life {duration(item.seconds_silent)} ago"
+            line += f", last sign of life {duration_text(item.seconds_silent)} ago"
         if item.is_silent and not item.is_owner_gone:
-            line += "; warning: silent for long, it may hang. Look at it, or end it: its evaluation can be claimed again"
+            line += "; warning: silent for long, it may hang. Once it is ended, its evaluation can be claimed again"
         print_line(line)
     for failure in status.failures[:MAX_FAILURES_SHOWN]:
         tries = "once" if failure.attempts == 1 else f"{failure.attempts} times"
@@ -176,13 +177,6 @@ def widths_line(item: Credit, until_interval: float | None) -> str:
     if until_interval is not None:
         line += f"; asked for +- {until_interval:.1%}, " + ("reached" if item.widest <= until_interval else "not yet")
     return line
-
-
-def duration(seconds: float) -> str:
-    """Seconds as text for people."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _clock(at: float) -> str:

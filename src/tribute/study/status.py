@@ -177,13 +177,13 @@ class StudyStatus:
 
     @property
     def stage(self) -> str:
-        """What the study is at: `not begun`, `full_model`, `pruned_model`, `sparse_model`, `coalitions`, `complete`."""
+        """What the study is at: `not begun`, a model such as `full_model`, `plan`, `coalitions`, or `complete`."""
         if self.counts:
             return "coalitions" if self.n("pending", "running") else "complete"
         if not (self.run_dir / "config.yaml").exists():
             return "not begun"
         unfinished = [model.name for model in self.models if not model.is_done]
-        return f"{unfinished[0]}_model" if unfinished else "coalitions"
+        return f"{unfinished[0]}_model" if unfinished else "plan"
 
     def as_json(self) -> dict[str, Any]:
         """All of it as plain JSON values; what is not known is null."""
@@ -267,9 +267,9 @@ def read_status(config: StudyConfig) -> StudyStatus:
         finished = [item for item in items if item.status == "finished"]
         counts = {role: dict.fromkeys(STATES, 0) for role in planned}
         for item in items:
-            counts[item.spec.role or "fit"][item.status] += 1
+            counts.setdefault(item.spec.role or "fit", dict.fromkeys(STATES, 0))[item.status] += 1
         for role, n in planned.items():
-            counts[role]["pending"] += n - sum(counts[role].values())
+            counts[role]["pending"] += max(0, n - sum(counts[role].values()))
         per_hour, seconds_left = rate_and_time_left(finished, _pending(record, items))
         for item in finished:
             spent[item.spec.method] = spent.get(item.spec.method, 0.0) + sum(item.seconds.values())

@@ -41,7 +41,7 @@ SETTLED_SECONDS = 3600.0
 
 _MODEL_OF_STAGE: dict[str, ModelName] = {"full_model": "full", "pruned_model": "pruned", "sparse_model": "sparse"}
 _MODEL_ORDER: tuple[ModelName, ...] = ("full", "pruned", "sparse")
-_LEFTOVER = re.compile(r"^\.(?P<name>.+)\.(?P<pid>[^.]+)\.(?P<kind>partial|replaced|deleted)$")
+_LEFTOVER = re.compile(r"^\.?(?P<name>.+)\.(?P<pid>[^.]+)\.(?P<kind>partial|replaced|deleted)$")
 _DAMAGED = re.compile(r"\.damaged(-[0-9a-f]+)?$")
 _BACKUP = re.compile(r"\.schema-\d+\.bak$")
 
@@ -254,9 +254,7 @@ def find_waste(config: StudyConfig, store: Store | None) -> Waste:
         checkpoints = checkpoint_folders(folder)
         if len(checkpoints) > 1:
             if is_whole(checkpoints[-1]):
-                found += [
-                    _doomed("checkpoints", path, f"{checkpoints[-1].name} is whole") for path in checkpoints[:-1]
-                ]
+                found += [_doomed("checkpoints", path, f"{checkpoints[-1].name} is whole") for path in checkpoints[:-1]]
             else:
                 kept.append(f"{folder}: all checkpoints, as the last one is not whole")
         for name in names:
@@ -455,6 +453,7 @@ def _doomed(kind: Kind, path: Path, reason: str) -> Doomed:
 
 def _last_used(path: Path) -> float:
     """When a file, or anything below a folder, was last read or written."""
+
     def at(item: Path) -> float:
         status = item.lstat()
         return max(status.st_mtime, status.st_atime if item.is_file() else 0.0)
