@@ -63,7 +63,7 @@ def print_reset(found: Reset) -> None:
             [role, *(f"{by_status.get(status, 0):,}" for status in ("finished", "failed", "running", "pending"))]
             for role, by_status in found.counts().items()
         ]
-        what = "to become pending again" if found.forgotten else "to be deleted, as their identity names a model that goes"
+        what = "to become pending again" if found.forgotten else "to be deleted, as they name a model that goes"
         print_table(
             f"{found.stage}: {len(found.evaluations):,} evaluations {what}",
             ["role", "finished", "failed", "running", "pending"],

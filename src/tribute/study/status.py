@@ -11,7 +11,8 @@ import os
 import platform
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -479,15 +480,30 @@ def store_exists(config: StudyConfig) -> bool:
     return "://" in config.db_url or Path(config.db_url).expanduser().exists()
 
 
-def open_to_read(config: StudyConfig) -> Store:
+@contextmanager
+def open_to_read(config: StudyConfig) -> Iterator[Store]:
     """The store of a study, of which the file is opened for reading only: nothing is migrated, made or locked.
+
+    SQLite itself may leave its two empty helper files beside one that nobody else has open.
 
     Raises:
         StoreError: It is missing, or of another schema.
     """
     if "://" in config.db_url:
-        return Store.open(config.db_url, create=False)
+        with Store.open(config.db_url, create=False) as store:
+            yield store
+        return
     path = Path(config.db_url).expanduser()
     if not path.exists():
         raise StoreError(f"{path} is not there: expected the store of the study. Run tribute run first")
-    return Store.open(f"sqlite:///file:{quote(str(path.resolve()))}?mode=ro&uri=true", create=False)
+    options = "mode=ro&uri=true"
+    if not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists():
+        options += "&immutable=1"  # its helper files cannot be made, and nobody of this user can write
+    location = f"sqlite:///file:{quote(str(path.resolve()))}?{options}"
+    try:
+        with Store.open(location, create=False) as store:
+            location = store.location
+            yield store
+    except StoreError as error:
+        text = str(error).replace(location, str(path))
+        raise StoreError(re.sub(r"sqlite:///file\S*", str(path), text)) from error
