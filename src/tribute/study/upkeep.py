@@ -320,7 +320,7 @@ def find_cache_waste(cache_dir: Path) -> Waste:
             if _DAMAGED.search(path.name):
                 found.append(_doomed("damaged", path, f"{what}, damaged"))
             elif path.name.startswith("."):
-                if time.time() - _last_used(path) > SETTLED_SECONDS:
+                if time.time() - _last_used(path, written=True) > SETTLED_SECONDS:
                     found.append(_doomed("leftovers", path, f"{what}, unfinished"))
                 else:
                     kept.append(f"{path}: was worked on within the hour")
@@ -435,7 +435,7 @@ def _without_used(waste: Waste, in_use: set[Path]) -> Waste:
 
 def _leftover(path: Path, left: re.Match[str], kept: list[str]) -> list[Doomed]:
     """What a process left, if it has ended and what it was writing is there in another form, or never was."""
-    age = time.time() - _last_used(path)
+    age = time.time() - _last_used(path, written=True)
     pid = left["pid"]
     if age < SETTLED_SECONDS or (pid.isdigit() and Path(f"/proc/{pid}").exists()):
         kept.append(f"{path}: its process may still be at work")
@@ -451,15 +451,15 @@ def _doomed(kind: Kind, path: Path, reason: str) -> Doomed:
     return Doomed(kind, path, size_of(path), reason, _last_used(path))
 
 
-def _last_used(path: Path) -> float:
-    """When a file, or anything below a folder, was last read or written."""
+def _last_used(path: Path, *, written: bool = False) -> float:
+    """When a file, or anything below a folder, was last written or, unless `written`, read."""
 
     def at(item: Path) -> float:
         status = item.lstat()
-        return max(status.st_mtime, status.st_atime if item.is_file() else 0.0)
+        return max(status.st_mtime, status.st_atime if item.is_file() and not written else 0.0)
 
     times = [at(path)]
-    if path.is_dir() and not path.is_symlink():
+    if _is_plain_folder(path):
         with suppress(FileNotFoundError):  # somebody else deletes at the same time
             times += [at(folder / name) for folder, names in _walk(path, files=True) for name in names]
     return max(times)
