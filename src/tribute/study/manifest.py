@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from tribute.config import StudyConfig, fingerprint
@@ -517,5 +517,8 @@ def without_places(value: Any) -> Any:
 
 
 def last_part(place: str) -> str:
-    """A path that begins at the root or at a user's folder, cut to its last part; any other text as it is."""
-    return Path(place).name if place.startswith(("/", "~/", "\\\\")) or place[1:3] in (":\\", ":/") else place
+    """A path that begins at the root, a drive or a user's folder, cut to its last part; any other text as it is."""
+    if place.startswith(("/", "~/")):
+        return PurePosixPath(place).name
+    is_windows = place.startswith("\\\\") or place[1:3] in (":\\", ":/")
+    return PureWindowsPath(place).name if is_windows else place
