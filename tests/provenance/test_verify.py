@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tribute.cli import main
 from tribute.config import StudyConfig
 from tribute.errors import ConfigError
 from tribute.models.checkpoint import load_checkpoint, save_checkpoint
+from tribute.store.records import FinishedEvaluation, Store
 from tribute.study.manifest import FILE_NAME, hash_of_manifest, read_manifest, update_outputs
 from tribute.study.run import run_study
 from tribute.study.verification import find_run_dir, verify_run
@@ -231,15 +233,29 @@ def test_an_evaluation_that_was_deleted_is_named(run_dir: Path, sql: Sql) -> Non
 
 def test_times_owners_and_further_evaluations_do_not_count(run_dir: Path, sql: Sql) -> None:
     sql("UPDATE evaluation SET finished = 1.0, started = 0.5, created = 0.1, owner = NULL, seconds = '{\"train\": 9}'")
-    columns = (
-        "study_id, exp_name, dataset, method, removal_dist, removal_seed, coalition, opt_seed, settings, priority, "
-        "status, attempts, created"
-    )
-    sql(
-        f"INSERT INTO evaluation (identity, role, {columns}) SELECT 'of-another-plan', 'pilot', {columns} "
-        "FROM evaluation WHERE id = 3"
-    )
+    with Store.open(run_dir / "results.db") as store:
+        known = store.find()[4]
+        further = replace(known.spec, exp_name="pilot", role="pilot")
+        store.add_finished({store.studies()[0]: [FinishedEvaluation(further, known.behaviors)]})
+        assert store.counts()["finished"] == 21
     assert differences(run_dir) == []
+
+
+def test_a_copy_of_the_store_on_a_server_agrees(run_dir: Path, postgres_url: str) -> None:
+    with Store.open(run_dir / "results.db") as store, Store.open(postgres_url) as server:
+        server.add_finished({store.studies()[0]: list(reversed(store.find()))})
+    (run_dir / "results.db").unlink()
+    found = verify_run(run_dir, db=postgres_url)
+    assert found.differences == []
+    assert any("attributions: 4 fits, made again from the store, are identical" in line for line in found.agreed)
+
+
+def test_a_damaged_store_is_a_difference(run_dir: Path) -> None:
+    with (run_dir / "results.db").open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * 16384)
+    found = differences(run_dir)
+    assert any(line.startswith("store: ") for line in found), found
 
 
 def test_differences_are_all_listed(run_dir: Path, sql: Sql, edit_json: Edit) -> None:
