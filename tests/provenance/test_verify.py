@@ -462,3 +462,31 @@ def test_nothing_is_concluded_from_another_device(run_dir: Path, sql: Sql) -> No
     assert not any(line.startswith("measured again") for line in found.differences)
     (told,) = (line for line in found.unchecked if line.startswith("measured again"))
     assert "measured with another device, which may change digits" in told
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_a_model_that_was_loaded_is_looked_for_where_it_was(
+    make_study: Callable[..., StudyConfig], write_pipeline: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = write_pipeline()
+    small = {"fit": {"n_coalitions": 12, "n_end_points": 1}, "test": {"n_coalitions": 0}}
+    config = make_study(name="loaded", outdir=str(tmp_path), full_model={"load": str(folder)}, **small)
+    assert run_study(config, SilentListener()) is not None
+    manifest = read_manifest(config.run_dir)
+    assert manifest is not None
+    full = manifest.values["models"]["full"]
+    assert (full["path"], full["origin"]["name"]) == (None, "pipeline")
+    assert str(tmp_path) not in (config.run_dir / FILE_NAME).read_text()
+    found = verify_run(config.run_dir, deep=True)
+    assert found.differences == []
+    assert [line.partition(":")[0] for line in found.unchecked] == ["settings"]
+    assert any(line.startswith("models: full, pruned, sparse have their hashes") for line in found.agreed)
+    assert any(line.startswith("measured again: ") for line in found.agreed)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    (changed,) = differences(config.run_dir)
+    assert changed.startswith("full model: unet.safetensors of the model loaded from ")
+    shutil.rmtree(folder)
+    found = verify_run(config.run_dir)
+    assert found.differences == []
+    assert any(line.startswith("full model: it was loaded from elsewhere, and ") for line in found.unchecked)
