@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from tribute.config import StudyConfig
 from tribute.errors import FitError
@@ -81,19 +82,24 @@ class StudyResult:
 def read_result(config: StudyConfig, record: StudyRecord, store: Store) -> StudyResult:
     """What a study has found so far, from the finished ones of its planned evaluations.
 
+    Linear algebra is done by one thread: on one machine the same evaluations then give the same attributions to the
+    last bit, whichever command fits them and however many threads it was started with.
+
     Raises:
         FitError: Too little is measured; the message says what is missing.
     """
     study_id = record.study_id(store)
     evaluation_ids = record.evaluation_ids(store)
+    with threadpool_limits(1, user_api="blas"):
+        behaviors = [
+            summarise_behavior(config, store, study_id, evaluation_ids, name, record.contributor_names)
+            for name in record.behaviors
+        ]
     return StudyResult(
         config=config,
         contributor_names=record.contributor_names,
         n_examples=record.n_examples,
-        behaviors=[
-            summarise_behavior(config, store, study_id, evaluation_ids, name, record.contributor_names)
-            for name in record.behaviors
-        ],
+        behaviors=behaviors,
         timings=median_seconds(store, study_id, evaluation_ids),
         models=dict(record.models),
         classifier_accuracy=record.classifier_accuracy,
