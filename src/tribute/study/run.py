@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from tribute.config import StudyConfig
+from tribute.errors import TributeError
 from tribute.games.stopping import looks, narrow_enough, share_half_width
 from tribute.models.checkpoint import Checkpoint
 from tribute.models.pipelines import is_foreign, load_model
@@ -16,6 +17,7 @@ from tribute.study.evaluations import plan_evaluations
 from tribute.study.executors import Executor, SerialExecutor
 from tribute.study.listener import Listener
 from tribute.study.models import load_pruned_summary, train_and_prune
+from tribute.study.pictures import make_pictures
 from tribute.study.record import StudyRecord, by_role
 from tribute.study.results import StudyResult, read_fit_evaluations, read_result
 from tribute.study.run_folder import claim_run_dir
@@ -66,9 +68,21 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult | None:
             record.write(config.run_dir)
         measure(specs)
         executor.close()
-        session.team.dismiss()
         listener.stage("Attributions and LDS")
-        return read_result(config, record, store)
+        try:
+            result = read_result(config, record, store)
+        except TributeError:
+            session.team.dismiss()
+            raise
+        if config.pictures.n_images:
+            listener.stage("Pictures")
+            grand = next(spec for spec in specs if spec.role == "grand")
+            try:
+                make_pictures(session, prepared.full, prepared.sparse, grand, store, study_id, result, listener)
+            except TributeError as error:  # what was found is worth more than how it looks
+                listener.message(f"not all pictures were made: {error}")
+        session.team.dismiss()
+        return result
 
 
 @dataclass(frozen=True)
