@@ -84,8 +84,9 @@ def test_pictures_show_what_was_measured(study: tuple[StudyConfig, StudyResult, 
         assert stored.spec.method == "gd"
         assert stored.spec.opt_seed == config.opt_seed
         assert np.flatnonzero(~stored.spec.coalition_mask).tolist() == sorted(item.removed_idx)
-    assert found[sparse.evaluation or ""].spec.role == "grand"
-    assert {found[item.evaluation or ""].spec.role for item in without} == {"picture"}
+    assert {found[item.evaluation or ""].spec.role for item in (sparse, *without)} == {"picture"}
+    grand = next(item for item in found.values() if item.spec.role == "grand")
+    assert sparse.behaviors == grand.behaviors  # v(grand) again, to the last bit
     assert sparse.removed_idx == ()
     for item, behavior in zip(without, result.behaviors, strict=True):
         assert item.removed_idx == top_contributors(behavior)
@@ -179,8 +180,10 @@ def test_a_picture_that_cannot_be_made_costs_no_result(make_study: MakeStudy, mo
     assert result.behaviors[0].attributions["shapley"].values.tolist() == (
         first.behaviors[0].attributions["shapley"].values.tolist()
     )
-    assert any("its evaluation is failed, it is not a number" in text for text in listener.messages)
-    assert [item.kind for item in read_pictures(config.run_dir)] == ["full", "sparse"]
+    assert any(
+        "no picture of the model without 3 contributors: it is not a number" in text for text in listener.messages
+    )
+    assert [item.kind for item in read_pictures(config.run_dir)] == ["full"]
 
     samples = config.run_dir / "samples"
     (samples / "pictures.json").unlink()

@@ -20,6 +20,7 @@ from tribute.errors import StoreError
 from tribute.files import write_whole
 from tribute.games.designs import PAIRED_DESIGNS
 from tribute.games.uncertainty import rank_intervals, separation
+from tribute.study.manifest import update_outputs
 from tribute.types import Attributions, Images
 
 if TYPE_CHECKING:
@@ -98,7 +99,10 @@ def rank_texts(fitted: Attributions, *, higher_is_better: bool) -> list[str]:
 
 
 def write_outputs(result: StudyResult) -> list[Path]:
-    """Write `attributions.csv`, `summary.json`, `attributions.png` and `lds.png`; returns their paths."""
+    """Write `attributions.csv`, `summary.json`, `attributions.png` and `lds.png`; returns their paths.
+
+    Their hashes go into the manifest of the run, where there is one.
+    """
     folder = result.config.run_dir
     files: dict[Path, str | bytes] = {
         folder / "attributions.csv": attributions_csv(result),
@@ -110,6 +114,7 @@ def write_outputs(result: StudyResult) -> list[Path]:
     try:
         for path, content in files.items():
             write_whole(path, content)
+        update_outputs(folder)
     except OSError as error:
         raise StoreError(
             f"the results could not be written to {folder} ({error}); they are safe in the store: "

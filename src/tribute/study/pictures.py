@@ -40,8 +40,8 @@ FILE_NAME = "pictures.json"
 SCHEMA = "tribute.pictures/1"
 ROLE = "picture"
 """Role of the evaluations that are measured for a picture; attributions are not fitted to them."""
-REMOVAL_DIST = "without_top"
-"""Stands where other evaluations name the law of their coalition: this one was chosen."""
+REMOVAL_DIST = "picture"
+"""Stands where other evaluations name the law of their coalition. Without a law one would be taken for v(grand)."""
 MAX_BEHAVIORS = 3
 """Pictures without the top contributors, each of which takes one more fine-tuning."""
 N_COLUMNS = 8
@@ -153,11 +153,13 @@ def make_pictures(
     study_id: int,
     result: StudyResult,
     listener: Listener,
+    *,
+    go_on_for: Callable[[Sequence[int]], Callable[[], bool]] = lambda evaluation_ids: lambda: True,
 ) -> list[Picture]:
     """Make the pictures of a study, or those of them that are not there; to be called on the process that leads.
 
-    The models without top contributors are measured, too: their behaviors are recorded with the role `picture`, and can
-    be compared with v(grand). What cannot be made is told to the listener and left out.
+    The coalition models are measured, too, as v(grand) is: their behaviors are recorded with the role `picture`. What
+    cannot be made is told to the listener and left out.
 
     Args:
         session: The study's data, trainer and value functions, of the process that leads.
@@ -168,6 +170,7 @@ def make_pictures(
         study_id: Its number there.
         result: Who the top contributors are.
         listener: Is told of every picture.
+        go_on_for: Of evaluations, what is asked before each of them is begun.
 
     Raises:
         StoreError: A picture cannot be written, or the store does not answer.
@@ -175,7 +178,7 @@ def make_pictures(
     n_images = min(session.config.pictures.n_images, session.sampling.n_samples)
     if n_images == 0:
         return []
-    return _Maker(session, full, sparse, grand, store, study_id, result, listener, n_images).make()
+    return _Maker(session, full, sparse, grand, store, study_id, result, listener, n_images, go_on_for).make()
 
 
 class _Maker:
@@ -192,10 +195,11 @@ class _Maker:
         result: StudyResult,
         listener: Listener,
         n_images: int,
+        go_on_for: Callable[[Sequence[int]], Callable[[], bool]],
     ) -> None:
         self.session, self.full, self.sparse, self.grand = session, full, sparse, grand
         self.store, self.study_id, self.result, self.listener = store, study_id, result, listener
-        self.n_images = n_images
+        self.n_images, self.go_on_for = n_images, go_on_for
         self.folder = self.session.config.run_dir / FOLDER
         self.before = self._pictures_before()
         self.done: list[Picture] = []
@@ -205,7 +209,8 @@ class _Maker:
     def make(self) -> list[Picture]:
         """All pictures, each recorded as soon as it is there."""
         self._add(self._planned_full(), self._images_of_full)
-        self._add(self._planned_sparse(), lambda: self._images_of(self.grand))
+        everybody = self._spec_without(())
+        self._add(self._planned_sparse(everybody), lambda: self._measured_images(everybody), everybody)
         for item in self._shown_behaviors():
             removed = top_contributors(item)
             if not removed:
@@ -242,7 +247,8 @@ class _Maker:
             columns=N_COLUMNS,
             sha256="",
             source=fingerprint(identity),
-            **{"behavior": None, "removed_idx": (), "behaviors": {}} | values,
+            behaviors={},
+            **{"behavior": None, "removed_idx": ()} | values,
         )
 
     def _planned_full(self) -> Picture:
@@ -255,15 +261,14 @@ class _Maker:
             "full", "full.png", caption, evaluation=None, model_hash=self.full.model_hash, settings=settings
         )
 
-    def _planned_sparse(self) -> Picture:
+    def _planned_sparse(self, spec: EvaluationSpec) -> Picture:
         caption = "The sparse model fine-tuned on everyone, v(grand): the same noise, image by image."
         return self._planned(
             "sparse",
             "sparse.png",
             caption,
-            evaluation=self.grand.identity,
+            evaluation=spec.identity,
             model_hash=self.sparse.model_hash,
-            behaviors=self._stored_behaviors(self.grand),
         )
 
     def _planned_without(self, behavior_name: str, removed: tuple[int, ...], spec: EvaluationSpec) -> Picture:
@@ -300,7 +305,7 @@ class _Maker:
         images = make()
         if images is None:
             return
-        behaviors = planned.behaviors if spec is None else self._stored_behaviors(spec)
+        behaviors = {} if spec is None else self._stored_behaviors(spec)
         content = image_grid_png(images[: self.n_images], n_columns=N_COLUMNS)
         picture = replace(planned, behaviors=behaviors, sha256=hashlib.sha256(content).hexdigest())
         self._write(picture.path, content)
@@ -354,16 +359,17 @@ class _Maker:
             self.images[claimed.spec.identity] = evaluation.images[: self.n_images].copy()
 
         worker = self.session.worker
-        SerialExecutor(
+        executor = SerialExecutor(
             self.session.measure, definitions=worker.behavior_definitions(), provenance=worker.provenance()
-        ).run(self.store, self.study_id, evaluation_ids=[evaluation_id], on_done=keep)
+        )
+        ids = [evaluation_id]
+        executor.run(self.store, self.study_id, evaluation_ids=ids, on_done=keep, go_on=self.go_on_for(ids))
         if spec.identity not in self.images:
             [stored] = self.store.find(self.study_id, evaluation_ids=[evaluation_id])
             if stored.status != "finished":
-                self.listener.message(
-                    f"no picture of the model without {int((~spec.coalition_mask).sum())} contributors: its evaluation "
-                    f"is {stored.status}" + (f", {stored.error}" if stored.error else "")
-                )
+                reason = stored.error or "max_device_hours leaves no time, or another process is at it"
+                n_missing = int((~spec.coalition_mask).sum())
+                self.listener.message(f"no picture of the model without {n_missing} contributors: {reason}")
                 return None
             self.images[spec.identity] = self._images_of(spec)[: self.n_images].copy()
         return self.images[spec.identity]
