@@ -461,6 +461,11 @@ class Store:
         """The path of the file, or the URL without its password."""
         return tables.shown(self._engine.url)
 
+    @property
+    def serves_many_hosts(self) -> bool:
+        """Whether it is a server's database, which processes on several hosts may share; SQLite is not."""
+        return self._engine.url.get_backend_name() != "sqlite"
+
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()
@@ -967,9 +972,8 @@ class Store:
         """What the evaluations that match have taken, by number; far less is read than by `find`."""
         names = ("id", "role", "method", "coalition", "priority", "status", "attempts", "started", "finished")
         columns = [evaluation.c[name] for name in (*names, "seconds", "provenance")]
-        query = select(*columns).where(*_where(study_id, filters)).order_by(evaluation.c.id)
-        with self._read() as connection:
-            rows = connection.execute(query).all()
+        query = select(*columns).where(*self._where(study_id, filters)).order_by(evaluation.c.id)
+        rows = self._read(lambda connection: connection.execute(query).all())
         return [
             Effort(
                 evaluation_id=row.id,
