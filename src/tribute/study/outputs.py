@@ -20,6 +20,7 @@ from tribute.errors import StoreError
 from tribute.files import write_whole
 from tribute.games.designs import PAIRED_DESIGNS
 from tribute.games.uncertainty import rank_intervals, separation
+from tribute.store.columns import Kind, parquet_bytes
 from tribute.study.manifest import update_outputs
 from tribute.types import Attributions, Images
 
@@ -29,6 +30,25 @@ if TYPE_CHECKING:
 
 MIN_LOO_R2 = 0.2
 """Below this leave-one-out R2 the fit says little about coalitions that it has not seen, and intervals rest on it."""
+
+SUMMARY_SCHEMA = "tribute.summary/1"
+ATTRIBUTIONS_SCHEMA = "tribute.attributions/1"
+"""Layouts of the files (`docs/outputs.md`). A key or a column may be added; any other change gets another number."""
+
+ATTRIBUTION_COLUMNS: dict[str, Kind] = {
+    "behavior": "text",
+    "kernel": "text",
+    "estimator": "text",
+    "contributor": "text",
+    "n_examples": "integer",
+    "attribution": "number",
+    "standard_error": "number",
+    "low_95": "number",
+    "high_95": "number",
+    "share": "number",
+    "rank_low": "integer",
+    "rank_high": "integer",
+}
 
 _INK, _MUTED, _ACCENT, _GRID = "#1f2430", "#6b7280", "#2563a8", "#e5e7eb"
 
@@ -99,13 +119,14 @@ def rank_texts(fitted: Attributions, *, higher_is_better: bool) -> list[str]:
 
 
 def write_outputs(result: StudyResult) -> list[Path]:
-    """Write `attributions.csv`, `summary.json`, `attributions.png` and `lds.png`; returns their paths.
+    """Write `attributions.csv` and `.parquet`, `summary.json`, `attributions.png` and `lds.png`; returns their paths.
 
     Their hashes go into the manifest of the run, where there is one.
     """
     folder = result.config.run_dir
     files: dict[Path, str | bytes] = {
         folder / "attributions.csv": attributions_csv(result),
+        folder / "attributions.parquet": attributions_parquet(result),
         folder / "summary.json": json.dumps(summary(result), indent=1, allow_nan=False),
         folder / "attributions.png": _plot_attributions(result),
     }
@@ -124,31 +145,42 @@ def write_outputs(result: StudyResult) -> list[Path]:
 
 
 def attributions_csv(result: StudyResult) -> str:
-    """One row per behavior, attribution kernel and contributor."""
+    """One row per behavior, attribution kernel and contributor; names are safe in a spreadsheet, unknown is empty."""
+    columns = attribution_columns(result)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["behavior", "kernel", "estimator", "contributor", "n_examples", "attribution", "standard_error"]
-        + ["low_95", "high_95", "share", "rank_low", "rank_high"]
-    )
+    writer.writerow(columns)
+    cells = [[_csv_cell(kind, value) for value in values] for kind, values in columns.values()]
+    writer.writerows(zip(*cells, strict=True))
+    return text.getvalue()
+
+
+def attributions_parquet(result: StudyResult) -> bytes:
+    """The same rows as Parquet; names are as they are, unknown is null."""
+    return parquet_bytes(attribution_columns(result), schema=ATTRIBUTIONS_SCHEMA)
+
+
+def attribution_columns(result: StudyResult) -> dict[str, tuple[Kind, list[Any]]]:
+    """The table of attributions by column, one row per behavior, kernel and contributor; None is unknown."""
+    rows: list[tuple[Any, ...]] = []
     for item in result.behaviors:
         for kernel, fitted in item.attributions.items():
             intervals, share = fitted.intervals(), shares(fitted)
             ranks = rank_intervals(fitted, higher_is_better=direction(item) > 0)
             for i, name in enumerate(result.contributor_names):
                 numbers = [fitted.values[i], fitted.standard_errors[i], *intervals[i], share[i]]
-                texts = ["" if not math.isfinite(x) else f"{x:.8g}" for x in numbers]
-                row = [
-                    item.name,
-                    kernel,
-                    fitted.estimator,
-                    spreadsheet_text(name),
-                    result.n_examples[i],
-                    *texts,
-                    *ranks[i],
-                ]
-                writer.writerow(row)
-    return text.getvalue()
+                known = [float(x) if math.isfinite(x) else None for x in numbers]
+                labels = (item.name, kernel, fitted.estimator, name, int(result.n_examples[i]))
+                rows.append((*labels, *known, *(int(rank) for rank in ranks[i])))
+    return {
+        name: (kind, [row[column] for row in rows]) for column, (name, kind) in enumerate(ATTRIBUTION_COLUMNS.items())
+    }
+
+
+def _csv_cell(kind: Kind, value: Any) -> str:
+    if value is None:
+        return ""
+    return spreadsheet_text(value) if kind == "text" else f"{value:.8g}" if kind == "number" else str(value)
 
 
 def spreadsheet_text(name: str) -> str:
@@ -161,7 +193,10 @@ def spreadsheet_text(name: str) -> str:
 
 
 def summary(result: StudyResult) -> dict[str, Any]:
-    """The study as plain JSON: settings, attributions, LDS, timings, provenance. NaN becomes null."""
+    """The study as plain JSON of the layout `SUMMARY_SCHEMA`; NaN and infinities become null.
+
+    `report/summary.schema.json` describes it for programs, `docs/outputs.md` for people.
+    """
     behaviors = {}
     for item in result.behaviors:
         behaviors[item.name] = {
@@ -179,6 +214,7 @@ def summary(result: StudyResult) -> dict[str, Any]:
         }
     return _without_nan(
         {
+            "schema": SUMMARY_SCHEMA,
             "name": result.config.name,
             "config": result.config.model_dump(mode="json"),
             "config_fingerprint": result.config.fingerprint(),
@@ -187,6 +223,7 @@ def summary(result: StudyResult) -> dict[str, Any]:
                 for name, n in zip(result.contributor_names, result.n_examples, strict=True)
             ],
             "behaviors": behaviors,
+            "evaluations": result.counts,
             "classifier_held_out_accuracy": result.classifier_accuracy,
             "models": result.models,
             "median_seconds_per_coalition": result.timings,
