@@ -147,7 +147,7 @@ def test_the_outputs_hold_the_numbers_and_no_formula(make_study: MakeStudy) -> N
     config = make_study()
     result = run_study(config, SilentListener())
     paths = {path.name: path for path in write_outputs(result)}
-    assert set(paths) == {"attributions.csv", "summary.json", "attributions.png", "lds.png"}
+    assert set(paths) == {"attributions.csv", "attributions.parquet", "summary.json", "attributions.png", "lds.png"}
     for name in ("attributions.png", "lds.png"):
         assert paths[name].read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader(paths["attributions.csv"].read_text().splitlines()))

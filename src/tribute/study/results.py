@@ -67,6 +67,8 @@ class StudyResult:
         models: Steps of the full and the sparse model; what pruning removed.
         classifier_accuracy: Held-out accuracy of the feature extractor, or None.
         provenance: Versions, commit, device of this process.
+        counts: Planned evaluations by role: how many there are, and how many are `pending`, `running`, `finished` or
+            `failed` (set aside, after they were tried several times).
     """
 
     config: StudyConfig
@@ -77,6 +79,7 @@ class StudyResult:
     models: dict[str, Any]
     classifier_accuracy: float | None
     provenance: dict[str, Any]
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def read_result(config: StudyConfig, record: StudyRecord, store: Store) -> StudyResult:
@@ -104,7 +107,19 @@ def read_result(config: StudyConfig, record: StudyRecord, store: Store) -> Study
         models=dict(record.models),
         classifier_accuracy=record.classifier_accuracy,
         provenance=dict(record.provenance),
+        counts=count_by_role(record, store),
     )
+
+
+def count_by_role(record: StudyRecord, store: Store) -> dict[str, dict[str, int]]:
+    """Planned evaluations by role: `planned`, and by status; what the store does not have yet is pending."""
+    study_id = record.study_id(store)
+    found: dict[str, dict[str, int]] = {}
+    for role, identities in record.evaluations.items():
+        stored = store.counts(study_id, evaluation_ids=record.evaluation_ids(store, roles=[role]))
+        missing = len(identities) - sum(stored.values())
+        found[role] = {"planned": len(identities), **stored, "pending": stored["pending"] + missing}
+    return found
 
 
 def read_fit_evaluations(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tribute.config import StudyConfig
-from tribute.errors import ConfigError, FitError, StoppedEarly
+from tribute.errors import ConfigError, FitError, StoppedEarly, TributeError
 from tribute.games.stopping import looks, narrow_enough, share_half_width
 from tribute.models.checkpoint import Checkpoint
 from tribute.models.pipelines import is_foreign, load_model
@@ -23,6 +23,7 @@ from tribute.study.ingredients import gather_ingredients
 from tribute.study.listener import Listener
 from tribute.study.manifest import read_and_attest
 from tribute.study.models import load_pruned_summary, train_and_prune
+from tribute.study.pictures import make_pictures
 from tribute.study.pilot_record import pilot_warning
 from tribute.study.record import StudyRecord, by_role
 from tribute.study.results import StudyResult, read_fit_evaluations
@@ -97,7 +98,6 @@ def _measure(config: StudyConfig, prepared: PreparedStudy, store: Store, listene
             contributor_names=record.contributor_names,
         )
 
-    stopped: StoppedEarly | None = None
     try:
         if config.fit.until_interval is not None:
             specs = measure_until_narrow(config.fit.until_interval, specs, record.behaviors, measure, credit, listener)
@@ -107,25 +107,49 @@ def _measure(config: StudyConfig, prepared: PreparedStudy, store: Store, listene
         stopped = error
     finally:
         executor.close()
-    prepared.session.team.dismiss()
     return stopped
 
 
 def _fit(
     config: StudyConfig, prepared: PreparedStudy, store: Store, listener: Listener, stopped: StoppedEarly | None
 ) -> StudyResult | None:
-    """Attributions and LDS of what was measured, with the manifest."""
+    """Attributions and LDS of what was measured, with the manifest; then pictures, and the helpers are dismissed."""
     listener.stage("Attributions and LDS")
     if stopped is not None:
         listener.message(str(stopped))
     ingredients = gather_ingredients(config, prepared.session, prepared.full, prepared.sparse)
     try:
-        return read_and_attest(config, StudyRecord.read(config), store, ingredients)
+        result = read_and_attest(config, StudyRecord.read(config), store, ingredients)
     except FitError as error:
+        prepared.session.team.dismiss()
         if stopped is None:
             raise
         listener.message(f"nothing can be fitted yet: {error}")
         return None
+    if stopped is None and config.pictures.n_images:
+        _draw_pictures(prepared, store, result, listener)
+    prepared.session.team.dismiss()
+    return result
+
+
+def _draw_pictures(prepared: PreparedStudy, store: Store, result: StudyResult, listener: Listener) -> None:
+    """Make the pictures of a study within its budget; what cannot be made costs no result."""
+    listener.stage("Pictures")
+    study_id = prepared.record.study_id(store)
+    try:
+        make_pictures(
+            prepared.session,
+            prepared.full,
+            prepared.sparse,
+            next(spec for spec in prepared.specs if spec.role == "grand"),
+            store,
+            study_id,
+            result,
+            listener,
+            go_on_for=lambda evaluation_ids: go_on_within(prepared.budget, store, study_id, evaluation_ids),
+        )
+    except TributeError as error:
+        listener.message(f"not all pictures were made: {error}")
 
 
 @dataclass(frozen=True)

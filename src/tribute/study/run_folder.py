@@ -44,6 +44,7 @@ _MAY_CHANGE = {
     "test.n_coalitions",
     "test.opt_seeds",
     "pilot.n_coalitions",
+    "pictures.n_images",
     "execution.executor",
     "execution.workers",
     "execution.gpus_per_worker",
