@@ -63,6 +63,8 @@ def _dispatch(command: str, arguments: list[str], prog: str) -> None:
 
     from tribute.cli.console import setup_logging
     from tribute.errors import TributeError, printable
+    from tribute.files import is_disk_full
+    from tribute.memory import brief, is_out_of_memory
 
     module = importlib.import_module(f"tribute.cli.{command}_command")
     setup_logging()
@@ -77,3 +79,14 @@ def _dispatch(command: str, arguments: list[str], prog: str) -> None:
     except BrokenPipeError:  # e.g. `tribute lds ... | head`
         sys.stderr.close()
         sys.exit(141)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: memory does not suffice: {printable(brief(error))}; free the device", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        where = f" ({printable(str(error.filename))})" if error.filename else ""
+        print(f"error: the disk is full{where}; free some space and run the same command again", file=sys.stderr)
+        sys.exit(1)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from tribute.config import StudyConfig
+from tribute.files import remove_leftovers
 from tribute.games.stopping import looks, narrow_enough, share_half_width
 from tribute.models.checkpoint import Checkpoint
 from tribute.models.pipelines import is_foreign, load_model
@@ -116,6 +117,7 @@ def prepare_study(config: StudyConfig, listener: Listener) -> PreparedStudy | No
     leads = worker.trainer.processes.is_main
     if leads:
         claim_run_dir(config)  # only now: what is wrong in the settings must not be kept as the study's
+        remove_leftovers(config.run_dir)
     table = worker.data.contributors
     listener.message(f"{worker.data.n_examples:,} images of {table.n_contributors} contributors")
     if leads:

@@ -6,7 +6,7 @@ from typing import Any
 
 from tribute.config import StudyConfig
 from tribute.errors import MixedResultsError, StoreError
-from tribute.files import write_whole
+from tribute.files import room_sentence, write_whole
 
 _MAY_CHANGE = {
     "outdir",
@@ -55,7 +55,10 @@ def claim_run_dir(config: StudyConfig) -> None:
     try:
         write_whole(path, config.to_yaml())
     except OSError as error:
-        raise StoreError(f"the run folder {config.run_dir} is not writable ({error}); set another outdir") from error
+        raise StoreError(
+            f"the run folder {config.run_dir} is not writable ({error}; {room_sentence(config.run_dir)}); make room or "
+            "set another outdir"
+        ) from error
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
