@@ -127,7 +127,7 @@ def test_a_coalition_that_fails_is_set_aside_and_the_rest_goes_on(
     assert failed[0].error is not None
     assert re.search(reason, failed[0].error)
     assert [item.status for item in stored(config)].count("finished") == 25
-    assert any("1 evaluation" in text and "set aside" in text for text in listener.messages)
+    assert any("1 evaluations failed and are set aside" in text for text in listener.messages)
     fitted = result.behaviors[0].attributions["shapley"]
     assert np.isfinite(fitted.values).all() and fitted.n_coalitions == 23
     assert result.set_aside == {"fit": 1}

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "run": "a whole study from a YAML file: train, prune, coalitions, attributions, LDS",
+    "plan": "what a study will cost: measured here, before it starts",
     "data": "check training data before anything expensive (tribute data check)",
     "train": "train, retrain or fine-tune a model (main.py)",
     "prune": "prune a trained model (prune.py)",
     "unlearn": "a coalition's model and its behavior, recorded in a store (unlearn.py)",
     "lds": "fit attributions to a store and prove them on retrained models (lds.py)",
+    "verify": "compare a run with its manifest: hashes, attributions, LDS, measurements",
     "export": "write a store as JSONL in the published layout or as CSV, or a model as a diffusers folder",
     "import": "read JSONL of the published layout into a store",
 }
@@ -61,21 +63,22 @@ def _dispatch(command: str, arguments: list[str], prog: str) -> None:
     """Run a command and turn what a user can repair into one clear line."""
     import importlib
 
-    from tribute.cli.console import setup_logging
+    from tribute.cli import signals
     from tribute.errors import TributeError, printable
     from tribute.files import is_disk_full
     from tribute.memory import brief, is_out_of_memory
 
-    module = importlib.import_module(f"tribute.cli.{command}_command")
-    setup_logging()
     try:
-        module.run(arguments, prog)
+        with signals.stop_on_signals():
+            module = importlib.import_module(f"tribute.cli.{command}_command")
+            importlib.import_module("tribute.cli.console").setup_logging()
+            module.run(arguments, prog)
     except TributeError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to continue where it stopped", file=sys.stderr)
-        sys.exit(130)
+        print(f"\n{signals.MESSAGE}", file=sys.stderr)
+        sys.exit(signals.EXIT_CODE)
     except BrokenPipeError:  # e.g. `tribute lds ... | head`
         sys.stderr.close()
         sys.exit(141)

@@ -25,7 +25,7 @@ from tribute.behaviors.base import (
 from tribute.behaviors.classifier import ClassifierExtractor, train_or_load_classifier
 from tribute.behaviors.extractors import CLASSIFIER, check_settings, load_extractor
 from tribute.behaviors.features import FeatureExtractor, Features, KnownFeatures, content_hash
-from tribute.behaviors.reference import Reference, fixed_rows
+from tribute.behaviors.reference import Reference, fixed_rows, is_reference_cached
 from tribute.config import FeatureConfig
 from tribute.data.tensors import TrainingData, gather
 from tribute.errors import TributeError
@@ -94,6 +94,18 @@ class Measurement:
             )
         return self._references[name]
 
+    def references_cached(self) -> bool:
+        """Whether the features of the real images that behaviors compare with need not be extracted any more.
+
+        It loads the extractors, and trains the classifier where one is used that is not in the cache.
+        """
+        names = {extractor_of(item) for item in self.behaviors if item.uses_features and uses_reference(item)}
+        _, images_sha256 = self._real_images
+        folder = self.cache_dir / "references"
+        return all(
+            is_reference_cached(self.extractor(name), cache_dir=folder, images_sha256=images_sha256) for name in names
+        )
+
     @cached_property
     def _real_images(self) -> tuple[Images, str]:
         """Images to compare with, and what identifies them."""
@@ -107,6 +119,11 @@ class Measurement:
     def uses_classifier(self) -> bool:
         """Whether any behavior looks through the in-domain classifier."""
         return CLASSIFIER in {self._resolve(extractor_of(b)) for b in self.behaviors if b.uses_features}
+
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of the weights and the architecture of every extractor that a behavior looks through, by its name."""
+        names = sorted({self._resolve(extractor_of(behavior)) for behavior in self.behaviors if behavior.uses_features})
+        return {name: self.extractor(name).fingerprint for name in names}
 
     def measure(self, images: Images) -> dict[str, float]:
         """Behaviors of generated images, by name."""

@@ -18,6 +18,7 @@ from tribute.errors import StoreError
 from tribute.files import room_sentence, write_whole
 from tribute.games.designs import PAIRED_DESIGNS
 from tribute.games.uncertainty import rank_intervals, separation
+from tribute.study.manifest import update_outputs
 from tribute.types import Attributions, Images
 
 if TYPE_CHECKING:
@@ -96,7 +97,10 @@ def rank_texts(fitted: Attributions, *, higher_is_better: bool) -> list[str]:
 
 
 def write_outputs(result: StudyResult) -> list[Path]:
-    """Write `attributions.csv`, `summary.json`, `attributions.png` and `lds.png`; returns their paths."""
+    """Write `attributions.csv`, `summary.json`, `attributions.png` and `lds.png`; returns their paths.
+
+    Their hashes go into the manifest of the run, where there is one.
+    """
     folder = result.config.run_dir
     files: dict[Path, str | bytes] = {
         folder / "attributions.csv": attributions_csv(result),
@@ -108,6 +112,7 @@ def write_outputs(result: StudyResult) -> list[Path]:
     try:
         for path, content in files.items():
             write_whole(path, content)
+        update_outputs(folder)
     except OSError as error:
         raise StoreError(
             f"the results could not be written to {folder} ({error}; {room_sentence(folder)}); they are safe in the "
@@ -131,14 +136,26 @@ def attributions_csv(result: StudyResult) -> str:
             for i, name in enumerate(result.contributor_names):
                 numbers = [fitted.values[i], fitted.standard_errors[i], *intervals[i], share[i]]
                 texts = ["" if not math.isfinite(x) else f"{x:.8g}" for x in numbers]
-                row = [item.name, kernel, fitted.estimator, _plain(name), result.n_examples[i], *texts, *ranks[i]]
+                row = [
+                    item.name,
+                    kernel,
+                    fitted.estimator,
+                    spreadsheet_text(name),
+                    result.n_examples[i],
+                    *texts,
+                    *ranks[i],
+                ]
                 writer.writerow(row)
     return text.getvalue()
 
 
-def _plain(name: str) -> str:
-    """A contributor's name that no spreadsheet takes for a formula."""
-    return f"'{name}" if name[:1] in ("=", "+", "-", "@", "\t", "\r") else name
+def spreadsheet_text(name: str) -> str:
+    """A name that no spreadsheet takes for a formula: preceded by `'` where one would, as it is otherwise.
+
+    Spaces before the sign do not make a formula harmless everywhere, nor do the wide forms of East Asian keyboards.
+    """
+    begins_formula = name[:1] in ("\t", "\r", "\n") or name.lstrip()[:1] in tuple("=+-@\uff1d\uff0b\uff0d\uff20")
+    return f"'{name}" if begins_formula else name
 
 
 def summary(result: StudyResult) -> dict[str, Any]:
@@ -171,6 +188,7 @@ def summary(result: StudyResult) -> dict[str, Any]:
             "classifier_held_out_accuracy": result.classifier_accuracy,
             "models": result.models,
             "median_seconds_per_coalition": result.timings,
+            "set_aside": result.set_aside,
             "provenance": result.provenance,
         }
     )

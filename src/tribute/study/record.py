@@ -77,7 +77,12 @@ class StudyRecord:
         Raises:
             StoreError: There is none, or it cannot be read.
         """
-        path = config.run_dir / FILE_NAME
+        return cls.read_from(config.run_dir)
+
+    @classmethod
+    def read_from(cls, run_dir: Path) -> StudyRecord:
+        """The record in a run folder, which may have been moved; errors as of `read`."""
+        path = run_dir / FILE_NAME
         try:
             values = json.loads(path.read_text())
             for name in ("contributor_names", "n_examples", "behaviors"):

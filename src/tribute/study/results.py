@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from tribute.study.attribution import (
     validate,
     without_tested,
 )
+from tribute.study.end_points import failure_of
 from tribute.study.record import StudyRecord
 from tribute.types import Attributions, Behaviors, CoalitionMasks
 
@@ -66,6 +68,7 @@ class StudyResult:
         models: Steps of the full and the sparse model; what pruning removed.
         classifier_accuracy: Held-out accuracy of the feature extractor, or None.
         provenance: Versions, commit, device of this process.
+        set_aside: Evaluations that failed and are not among the results, by role.
     """
 
     config: StudyConfig
@@ -76,6 +79,7 @@ class StudyResult:
     models: dict[str, Any]
     classifier_accuracy: float | None
     provenance: dict[str, Any]
+    set_aside: dict[str, int] = field(default_factory=dict)
 
 
 def read_result(config: StudyConfig, record: StudyRecord, store: Store) -> StudyResult:
@@ -86,6 +90,7 @@ def read_result(config: StudyConfig, record: StudyRecord, store: Store) -> Study
     """
     study_id = record.study_id(store)
     evaluation_ids = record.evaluation_ids(store)
+    failed = store.find(study_id, statuses=("failed",), evaluation_ids=evaluation_ids)
     return StudyResult(
         config=config,
         contributor_names=record.contributor_names,
@@ -98,6 +103,7 @@ def read_result(config: StudyConfig, record: StudyRecord, store: Store) -> Study
         models=dict(record.models),
         classifier_accuracy=record.classifier_accuracy,
         provenance=dict(record.provenance),
+        set_aside=dict(Counter(item.spec.role or "fit" for item in failed)),
     )
 
 
@@ -113,6 +119,10 @@ def read_fit_evaluations(
         store.read(behavior_name=behavior_name, study_id=study_id, role=role, evaluation_ids=evaluation_ids)
         for role in ("empty", "grand", "fit")
     )
+    for role, found in (("empty", empty), ("grand", grand)):
+        counts = store.counts(study_id, role=role, evaluation_ids=evaluation_ids)
+        if not len(found) and counts["failed"]:
+            raise FitError(failure_of(store, study_id, role, evaluation_ids))
     if not (len(empty) and len(grand) and len(fit)):
         raise FitError(
             f"{behavior_name}: expected finished evaluations of the empty coalition, the grand coalition and fit "
