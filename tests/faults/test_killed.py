@@ -47,10 +47,8 @@ def test_a_study_killed_20_times_across_all_stages_ends_as_if_it_had_not_been(
     assert harm.n_in_flight >= 5
 
 
-@pytest.mark.parametrize("moment", [Moment("Pruning", 8), Moment("test", 7)], ids=lambda moment: moment.stage)
-def test_a_study_killed_once_ends_as_if_it_had_not_been(
-    process_server: ForkServerContext, undisturbed: Place, tmp_path: Path, moment: Moment
+def test_a_study_killed_while_the_pruned_model_is_written_prunes_again(
+    process_server: ForkServerContext, undisturbed: Place, tmp_path: Path
 ) -> None:
-    """While the checkpoint of the pruned model is written; and while a coalition is measured."""
-    harm = kill_and_continue(process_server, Place(tmp_path, with_classifier=True).prepare(), [moment], undisturbed)
-    assert harm.differing == []
+    place = Place(tmp_path, with_classifier=True).prepare()
+    assert kill_and_continue(process_server, place, [Moment("Pruning", 8)], undisturbed).differing == []

@@ -32,6 +32,13 @@ def begin(path: Path, pid: int, kind: str = "partial") -> Path:
     return mine.with_name(mine.name.replace(f"-{os.getpid()}.", f"-{pid}."))
 
 
+def write_model(folder: Path, content: str) -> None:
+    def write(partial: Path) -> None:
+        (partial / "a").write_text(content)
+
+    write_whole_dir(folder / "model", write)
+
+
 def test_only_what_the_dead_began_is_removed(tmp_path: Path, ended: int) -> None:
     place = tmp_path / "runs" / "deep" / "ckpt.with.dots"
     place.parent.mkdir(parents=True)
@@ -71,7 +78,7 @@ def test_another_machine_has_a_day(tmp_path: Path, ended: int, monkeypatch: pyte
 
 def test_what_was_moved_aside_to_be_replaced_comes_back(tmp_path: Path, ended: int) -> None:
     """Killed between the two renames: nothing has the name, and the old content is whole."""
-    write_whole_dir(tmp_path / "model", lambda folder: (folder / "a").write_text("old") and None)
+    write_model(tmp_path, "old")
     new = begin(tmp_path / "model", ended)
     new.mkdir()
     (tmp_path / "model").rename(begin(tmp_path / "model", ended, "replaced"))
@@ -79,7 +86,7 @@ def test_what_was_moved_aside_to_be_replaced_comes_back(tmp_path: Path, ended: i
     assert [(path.name, path.read_text()) for path in tmp_path.rglob("*") if path.is_file()] == [("a", "old")]
     assert (tmp_path / "model").is_dir() and len(list(tmp_path.iterdir())) == 1
     (tmp_path / "model").rename(tmp_path / "elsewhere")
-    write_whole_dir(tmp_path / "model", lambda folder: (folder / "a").write_text("new") and None)
+    write_model(tmp_path, "new")
     (tmp_path / "elsewhere").rename(begin(tmp_path / "model", ended, "replaced"))  # killed before it was deleted
     remove_leftovers(tmp_path)
     assert [(path.name, path.read_text()) for path in tmp_path.rglob("*") if path.is_file()] == [("a", "new")]

@@ -132,7 +132,7 @@ def test_a_compiled_network_is_compiled_for_the_smaller_batch_alone(
             raise SHORTAGES[0]
         return forward(images, *arguments, **options)
 
-    model.forward = limited
+    model.forward = limited  # pyright: ignore[reportAttributeAccessIssue]
     images = sample_images(model, config, noise_schedule, batch=batch, runtime=RuntimeConfig(compile=True))
     np.testing.assert_array_equal(images, expected)
     assert set(shapes) == {64, 32}  # the last 6 are filled up to 32

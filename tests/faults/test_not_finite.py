@@ -141,7 +141,7 @@ def test_a_coalition_that_fails_is_set_aside_and_the_rest_goes_on(
     )
 
 
-def run_owners() -> npt.NDArray[np.int64]:
+def run_owners() -> npt.NDArray[np.int32]:
     """Owner of each training example of the digits."""
     from tribute.data.sources import load_training_data
 
