@@ -70,6 +70,8 @@ def _dispatch(command: str, arguments: list[str], prog: str) -> None:
 
     from tribute.cli import signals
     from tribute.errors import TributeError, printable
+    from tribute.files import is_disk_full
+    from tribute.memory import brief, is_out_of_memory
 
     try:
         with signals.stop_on_signals():
@@ -85,3 +87,14 @@ def _dispatch(command: str, arguments: list[str], prog: str) -> None:
     except BrokenPipeError:  # e.g. `tribute lds ... | head`
         sys.stderr.close()
         sys.exit(141)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: memory does not suffice: {printable(brief(error))}; free the device", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        where = f" ({printable(str(error.filename))})" if error.filename else ""
+        print(f"error: the disk is full{where}; free some space and run the same command again", file=sys.stderr)
+        sys.exit(1)

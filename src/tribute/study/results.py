@@ -21,6 +21,7 @@ from tribute.study.attribution import (
     validate,
     without_tested,
 )
+from tribute.study.end_points import failure_of
 from tribute.study.record import StudyRecord
 from tribute.types import Attributions, Behaviors, CoalitionMasks
 
@@ -81,6 +82,11 @@ class StudyResult:
     provenance: dict[str, Any]
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
+    @property
+    def set_aside(self) -> dict[str, int]:
+        """Evaluations that failed and are not among the results, by role; only roles that have some."""
+        return {role: found["failed"] for role, found in self.counts.items() if found.get("failed")}
+
 
 def read_result(config: StudyConfig, record: StudyRecord, store: Store) -> StudyResult:
     """What a study has found so far, from the finished ones of its planned evaluations.
@@ -134,6 +140,10 @@ def read_fit_evaluations(
         store.read(behavior_name=behavior_name, study_id=study_id, role=role, evaluation_ids=evaluation_ids)
         for role in ("empty", "grand", "fit")
     )
+    for role, found in (("empty", empty), ("grand", grand)):
+        counts = store.counts(study_id, role=role, evaluation_ids=evaluation_ids)
+        if not len(found) and counts["failed"]:
+            raise FitError(failure_of(store, study_id, role, evaluation_ids))
     if not (len(empty) and len(grand) and len(fit)):
         raise FitError(
             f"{behavior_name}: expected finished evaluations of the empty coalition, the grand coalition and fit "

@@ -9,6 +9,7 @@ from typing import Any
 
 from tribute.config import StudyConfig
 from tribute.errors import ConfigError, FitError, StoppedEarly, TributeError
+from tribute.files import remove_leftovers
 from tribute.games.stopping import looks, narrow_enough, share_half_width
 from tribute.models.checkpoint import Checkpoint
 from tribute.models.pipelines import is_foreign, load_model
@@ -17,6 +18,7 @@ from tribute.study.attribution import fit_attributions
 from tribute.study.budget import Budget, estimate_from_training
 from tribute.study.compatibility import check_not_pruned, check_trained_on_everybody
 from tribute.study.costs import ModelCosts, model_costs, read_costs
+from tribute.study.end_points import EndPointsWatch
 from tribute.study.evaluations import plan_evaluations
 from tribute.study.executors import Executor, SerialExecutor, always, check_execution
 from tribute.study.ingredients import gather_ingredients
@@ -81,8 +83,18 @@ def _measure(config: StudyConfig, prepared: PreparedStudy, store: Store, listene
         evaluation_ids = store.add(study_id, specs)
         store.retry(study_id, evaluation_ids=[i for i in evaluation_ids if i not in tried_again])
         tried_again.update(evaluation_ids)  # once in a run: what fails in it is set aside
-        go_on = go_on_within(budget, store, study_id, evaluation_ids)
-        work_through(executor, store, study_id, evaluation_ids, record.behaviors, listener, go_on=go_on)
+        within = go_on_within(budget, store, study_id, evaluation_ids)
+        end_points = EndPointsWatch(store, study_id, evaluation_ids)
+        work_through(
+            executor,
+            store,
+            study_id,
+            evaluation_ids,
+            record.behaviors,
+            listener,
+            go_on=lambda: within() and end_points.can_be_had(),
+        )
+        end_points.check()
         if budget is not None and budget.stopped:
             raise StoppedEarly(budget.message(read_costs(config, record, store)))
         return evaluation_ids
@@ -210,6 +222,7 @@ def prepare_study(config: StudyConfig, listener: Listener, lock: RunLock | None 
         if lock is not None:
             lock.acquire()
         claim_run_dir(config)  # only now: what is wrong in the settings must not be kept as the study's
+        remove_leftovers(config.run_dir)
     table = worker.data.contributors
     listener.message(f"{worker.data.n_examples:,} images of {table.n_contributors} contributors")
     if leads:
