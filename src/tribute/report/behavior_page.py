@@ -477,9 +477,7 @@ def _proof(key: str, about: Measured, result: BehaviorResult, validation: Valida
     score, ceiling = validation.score, validation.ceiling
     predicted, measured = about.fitted.predict(result.test_masks), np.asarray(result.test_behaviors)
     low, high = 100 * score.interval
-    repeated: Sentence = say(
-        " Each was trained with {seeds}.", seeds=counted(score.n_seeds, "training seed")
-    )
+    repeated: Sentence = say(" Each was trained with {seeds}.", seeds=counted(score.n_seeds, "training seed"))
     if ceiling is not None:
         repeated = say(
             " Retraining the same models once more, with other random numbers, predicts them with {ceiling} "
@@ -617,7 +615,9 @@ def _convergence(
         if np.isfinite(line.y).all():
             pictures.append(
                 (
-                    charts.line_chart(f"{key}-lds-growth", "LDS", [line], across=across, up="LDS \u00d7 100", zero=True),
+                    charts.line_chart(
+                        f"{key}-lds-growth", "LDS", [line], across=across, up="LDS \u00d7 100", zero=True
+                    ),
                     "LDS times 100, with 95 % intervals.",
                 )
             )
@@ -635,7 +635,9 @@ def _convergence(
     )
     estimators = sorted({fitted.estimator for _, fitted in found})
     note = f"Estimator {' and '.join(estimators)}, fitted again to the first coalitions in the order of the plan"
-    note += f"; at {len(found)} sizes only, as {n_fit:,} coalitions take long to fit." if n_fit > MANY_COALITIONS else "."
+    note += (
+        f"; at {len(found)} sizes only, as {n_fit:,} coalitions take long to fit." if n_fit > MANY_COALITIONS else "."
+    )
     return Convergence(
         summary=summary,
         note=note,
@@ -644,7 +646,9 @@ def _convergence(
             ConvergenceRow(
                 size,
                 f"\u00b1{percent(width / 100)}",
-                f"{fixed(100 * score.mean, 1)} ({between(*(100 * score.interval), 1)})" if score is not None else "\u2013",
+                f"{fixed(100 * score.mean, 1)} ({between(*(100 * score.interval), 1)})"
+                if score is not None
+                else "\u2013",
                 [fixed(fitted.values[i], about.decimals, signed=True) for i in shown],
             )
             for (size, fitted), width, score in zip(found, widths, scores or [None] * len(found), strict=True)

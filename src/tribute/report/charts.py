@@ -153,7 +153,9 @@ class WhiskerAxis:
     ticks: tuple[tuple[str, str], ...]
 
 
-def whiskers(values: Array, intervals: Array, direction: int, width: float = 190.0) -> tuple[WhiskerAxis, list[Whisker]]:
+def whiskers(
+    values: Array, intervals: Array, direction: int, width: float = 190.0
+) -> tuple[WhiskerAxis, list[Whisker]]:
     """The whiskers of the ranked table, by contributor, and their axis.
 
     Args:
@@ -214,7 +216,9 @@ def rank_chart(key: str, names: Sequence[Label], ranks: npt.NDArray[np.int64], n
     return chart
 
 
-def lds_chart(key: str, scores: Sequence[tuple[str, float, float, float]], ceiling: tuple[float, float, float] | None) -> Chart:
+def lds_chart(
+    key: str, scores: Sequence[tuple[str, float, float, float]], ceiling: tuple[float, float, float] | None
+) -> Chart:
     """LDS times 100 of every attribution kernel, with the ceiling.
 
     Args:
@@ -223,7 +227,9 @@ def lds_chart(key: str, scores: Sequence[tuple[str, float, float, float]], ceili
         ceiling: Its value and interval, times 100.
     """
     row, left, top = 26.0, 138.0, 30.0
-    said = "; ".join(f"{name} {fixed(mean, 0)}, {fixed(low, 0)} to {fixed(high, 0)}" for name, mean, low, high in scores)
+    said = "; ".join(
+        f"{name} {fixed(mean, 0)}, {fixed(low, 0)} to {fixed(high, 0)}" for name, mean, low, high in scores
+    )
     if ceiling is not None:
         said += f"; ceiling {fixed(ceiling[0], 0)}"
     height = top + row * len(scores) + 26

@@ -212,7 +212,9 @@ def _certainty(about: Measured) -> Sentence:
         return say("this lead is certain at the 95\u00a0% level")
     rivals = [about.names[i] for i in about.order[1:] if about.ranks[i, 0] == 1]
     if not rivals:
-        return say("this lead is not certain, {others} may be ahead", others=names_in_words([about.names[about.order[1]]]))
+        return say(
+            "this lead is not certain, {others} may be ahead", others=names_in_words([about.names[about.order[1]]])
+        )
     return say("this lead is not certain, {rivals} may be ahead", rivals=names_in_words(rivals))
 
 
