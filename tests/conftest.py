@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.postgres import PostgresServer, missing_programs
 from tribute.config import NoiseScheduleConfig, UNetConfig
 from tribute.types import Images
 
@@ -82,6 +83,24 @@ def in_new_process(process_server: ForkServerContext) -> Callable[..., Any]:
             return pool.submit(function, *args).result()
 
     return call
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A throw-away server of Debian's package on a loopback port, shared by all tests."""
+    missing = missing_programs()
+    if missing is not None:
+        pytest.skip(missing)
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
+    """URL of an empty database of this test's own."""
+    name = postgres_server.new_database()
+    yield postgres_server.url(name)
+    postgres_server.drop_database(name)
 
 
 @pytest.fixture

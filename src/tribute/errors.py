@@ -55,5 +55,9 @@ class RankDeficientFit(FitError):
     """The coalitions do not identify every contributor; the message names those."""
 
 
+class StoppedEarly(TributeError):
+    """Work was asked to end before it was done; what it made is kept, and running it again continues it."""
+
+
 class NotImplementedYet(TributeError):
     """A documented method that this version does not provide."""

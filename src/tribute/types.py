@@ -76,9 +76,9 @@ class Attributions:
 
     def intervals(self, level: float = 0.95) -> npt.NDArray[np.float64]:
         """Normal intervals, `(n_contributors, 2)`, that hold each value with probability `level`."""
-        from scipy.stats import norm
+        from scipy.special import ndtri
 
-        half_width = norm.ppf(0.5 + level / 2) * self.standard_errors
+        half_width = ndtri(0.5 + level / 2) * self.standard_errors
         return np.stack([self.values - half_width, self.values + half_width], axis=1)
 
     def predict(self, masks: CoalitionMasks) -> Behaviors:

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from scipy.stats import qmc
 
 from tribute.errors import FitError
 from tribute.games import gaussian_process as gp
@@ -326,3 +327,9 @@ def test_the_estimate_is_the_mixture_over_hyper_parameters() -> None:
     drawn = problem.scale * np.concatenate(sample)
     np.testing.assert_allclose(drawn.mean(axis=0), found.contrasts, atol=5e-3 * np.abs(found.contrasts).max())
     np.testing.assert_allclose(np.cov(drawn.T), found.covariance, atol=0.01 * found.covariance.max())
+
+
+def test_the_halton_sequence_is_that_of_scipy() -> None:
+    for n_dimensions in (1, 5, len(gp.PRIORS)):
+        expected = qmc.Halton(n_dimensions, scramble=False).random(gp.N_DRAWS)
+        assert np.array_equal(gp._halton(gp.N_DRAWS, n_dimensions), expected)

@@ -5,13 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 
 from tribute.errors import CoalitionError, ConfigError, FitError
 from tribute.games.coalitions import coalition_keys
 from tribute.games.kernels import fit_datamodel
 from tribute.games.lds import (
     LDSTestSet,
+    _ranks,
     compare_lds,
     disjoint_from,
     fit_at_sizes,
@@ -304,3 +305,9 @@ def test_bad_input():
             lds_ceiling(behaviors)
     with pytest.raises(FitError, match="at least 3 test coalitions"):
         lds_ceiling(y[:, :2])
+
+
+@pytest.mark.parametrize("values", [[3.0, 1.0, 2.0], [2.0, 1.0, 2.0, 2.0, 0.0], [1.0], [1.0, np.nan, 2.0]])
+def test_ranks_are_those_of_scipy(values: list[float]) -> None:
+    rows = np.array([values, values[::-1]])
+    assert np.array_equal(_ranks(rows), rankdata(rows, axis=-1), equal_nan=True)

@@ -14,6 +14,7 @@ import pytest
 
 from tribute.errors import StoreError
 from tribute.seeding import numpy_stream
+from tribute.store.patience import Patience
 from tribute.store.records import EvaluationSpec, Store
 
 N = 6
@@ -152,7 +153,10 @@ def test_threads_share_a_store(tmp_path: Path) -> None:
 def test_a_store_that_stays_locked_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tribute.store.tables.BUSY_SECONDS", 0.0)
     path = tmp_path / "results.db"
-    with Store.open(path) as store, closing(sqlite3.connect(path, isolation_level=None)) as other:
+    with (
+        Store.open(path, patience=Patience(seconds=0)) as store,
+        closing(sqlite3.connect(path, isolation_level=None)) as other,
+    ):
         study_id = open_study(store)
         other.execute("BEGIN IMMEDIATE")
         assert store.counts()["pending"] == 0  # reading goes on beside a writer

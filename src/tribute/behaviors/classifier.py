@@ -122,7 +122,7 @@ def train_or_load_classifier(
         architecture, weights, score = train_classifier(images, labels.astype(np.int64), seed, device, recipe)
         return ClassifierExtractor(architecture, weights, label_names=label_names, device=device, **score)
 
-    key = content_hash(images, labels.astype(np.int64), json.dumps(recipe.identity), str(seed))
+    key = _cache_key(images, labels, recipe, seed)
     folder = cache_dir / key
     if folder.exists():
         try:
@@ -135,6 +135,17 @@ def train_or_load_classifier(
     write_artifact(folder, weights, {"architecture": architecture.identity, **score})
     # Read back rather than used as trained: if another process was faster, all use its network.
     return _load_classifier(folder, label_names, device)
+
+
+def is_classifier_cached(
+    images: Images, labels: npt.NDArray[np.integer[Any]], *, cache_dir: Path, seed: int = 0
+) -> bool:
+    """Whether `train_or_load_classifier` would find a network for these images."""
+    return (cache_dir / _cache_key(images, labels, recipe_for(images.shape[1:], len(images)), seed)).exists()
+
+
+def _cache_key(images: Images, labels: npt.NDArray[np.integer[Any]], recipe: ClassifierRecipe, seed: int) -> str:
+    return content_hash(images, labels.astype(np.int64), json.dumps(recipe.identity), str(seed))
 
 
 def _check_labels(images: Images, labels: npt.NDArray[Any], label_names: Sequence[str]) -> None:

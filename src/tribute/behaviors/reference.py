@@ -183,6 +183,11 @@ class Reference:
         )
 
 
+def is_reference_cached(extractor: FeatureExtractor, *, cache_dir: Path, images_sha256: str) -> bool:
+    """Whether `Reference.cached` would find the features of these real images."""
+    return (cache_dir / content_hash(extractor.fingerprint, images_sha256)).exists()
+
+
 def fixed_rows(n_images: int, max_rows: int) -> npt.NDArray[np.intp]:
     """Indices of at most `max_rows` of `n_images` images, sorted: all, or a draw that is always the same."""
     if n_images <= max_rows:

@@ -30,7 +30,7 @@ from tribute.diffusion.examples import PixelExamples, TrainingExamples
 from tribute.diffusion.loss import denoising_loss, draw_timesteps
 from tribute.diffusion.preflight import check_batch_size, check_optimizer, check_precision
 from tribute.diffusion.processes import Processes
-from tribute.errors import CheckpointError, ConfigError, MixedResultsError, TributeError
+from tribute.errors import CheckpointError, ConfigError, MixedResultsError, StoppedEarly, TributeError
 from tribute.models.build import build_noise_schedule, check_classes
 from tribute.models.checkpoint import (
     Checkpoint,
@@ -86,6 +86,9 @@ class CheckpointPolicy:
         ckpt_freq: Steps between checkpoints; the last step is always saved.
         keep_all: Keep every checkpoint, not only the last.
         pruning: Recipe of a pruned architecture.
+        stop_early: Asked after every update but the last, with several processes after every `log_freq`: of the updates
+            done and the seconds they took, over all parts of the run. True saves there and ends the run by
+            `StoppedEarly`. It is not asked where a run cannot be resumed exactly.
     """
 
     folder: Path
@@ -93,6 +96,7 @@ class CheckpointPolicy:
     ckpt_freq: int
     keep_all: bool = False
     pruning: Mapping[str, Any] | None = None
+    stop_early: Callable[[int, float], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,7 @@ class Trainer:
         Raises:
             TributeError: The loss is not finite; the message names the step.
             MixedResultsError: The folder holds a run with other settings.
+            StoppedEarly: `checkpoints.stop_early` said so; the run can be resumed.
         """
         accelerator = self.accelerator
         if len(example_idx) == 0:
@@ -317,7 +322,12 @@ class Trainer:
             done = step + 1
             ema.update(raw_model, done)
             is_last = done == config.n_steps
-            save_now = checkpoints is not None and (is_last or done % checkpoints.ckpt_freq == 0)
+            stops = (
+                not is_last
+                and (accelerator.num_processes == 1 or done % log_freq == 0)
+                and self._stops_early(checkpoints, done, seconds_before + time.perf_counter() - started)
+            )
+            save_now = checkpoints is not None and (is_last or stops or done % checkpoints.ckpt_freq == 0)
             if is_last or save_now or done % log_freq == 0:
                 final_loss = self._mean(losses)
                 losses.clear()
@@ -344,9 +354,18 @@ class Trainer:
                     seconds_before + time.perf_counter() - started,
                     resumable=not uses_deepspeed(accelerator),
                 )
+            if stops:
+                accelerator.wait_for_everyone()
+                raise StoppedEarly(f"training was stopped after {done} of {config.n_steps} updates, which are saved")
         if checkpoints is not None and config.n_steps == 0 and accelerator.is_main_process:
             _save(checkpoints, raw_model, ema, optimizer, 0, config, 0.0, resumable=True)
         return seconds_before + time.perf_counter() - started, final_loss
+
+    def _stops_early(self, checkpoints: CheckpointPolicy | None, done: int, seconds: float) -> bool:
+        """Whether the run is to end here, which the main process decides for all."""
+        if checkpoints is None or checkpoints.stop_early is None or uses_deepspeed(self.accelerator):
+            return False
+        return bool(self.processes.agree([int(checkpoints.stop_early(done, seconds))])[0])
 
     def _mean(self, losses: Sequence[torch.Tensor]) -> float:
         """Mean loss of all processes, each of which has its share of every batch."""

@@ -30,7 +30,6 @@ import numpy.typing as npt
 from scipy.linalg import get_lapack_funcs, solve_triangular
 from scipy.optimize import minimize
 from scipy.special import comb, gammaln, ndtri
-from scipy.stats import qmc
 
 from tribute.errors import FitError
 from tribute.games.regression import ContrastEstimate, size_profile
@@ -428,17 +427,20 @@ def _log_posterior(problem: _Problem, theta: Array) -> tuple[float, Array]:
     """Log posterior density of the hyper-parameters, up to a constant, and its gradient."""
     centre, spread = _prior(problem)
     covariance = _Covariance(problem, theta)
-    factor, failed = _potrf(covariance.matrix, lower=True, clean=True)
+    # The transpose of a symmetric matrix is itself, in the order of LAPACK, which then need not copy it.
+    factor, failed = _potrf(covariance.matrix.T, lower=True, clean=True, overwrite_a=True)
     if failed:
         return -np.inf, np.zeros(len(theta))
     weights = _potrs(factor, problem.response, lower=True)[0]
-    inverse = _potri(factor, lower=True)[0]
-    # The lower triangle alone, the upper is zero: all that is summed against it is symmetric.
+    density = _log_density(problem, theta, factor, weights)
+    inverse = _potri(factor, lower=True, overwrite_c=True)[0].T
+    # One triangle alone, the other is zero: all that is summed against it is symmetric.
     outer = np.outer(weights, weights)
-    outer -= 2.0 * inverse
     outer[np.diag_indices_from(outer)] += inverse.diagonal()
+    inverse *= 2.0
+    outer -= inverse
     gradient = covariance.gradient(outer) - (theta - centre) / spread**2
-    return _log_density(problem, theta, factor, weights), gradient
+    return density, gradient
 
 
 def _log_density(problem: _Problem, theta: Array, factor: Array, weights: Array) -> float:
@@ -464,7 +466,7 @@ def _hyper_parameters(problem: _Problem) -> tuple[Array, Array]:
 
     bounds = [(m - 6.0 * s, m + 6.0 * s) for m, s in zip(centre, spread, strict=True)]
     found = minimize(loss, centre, jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-8})
-    mode, gradient = found.x, loss(found.x)[1]
+    mode, gradient = found.x, found.jac
 
     # Curvature at the mode, by differences of the gradient; the prior's at least in directions that data leave open.
     step = 1e-3
@@ -479,8 +481,24 @@ def _hyper_parameters(problem: _Problem) -> tuple[Array, Array]:
 @cache
 def _normal_draws(n_dimensions: int) -> Array:
     """The centre, and quasi-random standard normal draws in opposite pairs: `(N_DRAWS, n_dimensions)`."""
-    half = ndtri(qmc.Halton(n_dimensions, scramble=False).random(N_DRAWS // 2 + 1)[1:])
+    half = ndtri(_halton(N_DRAWS // 2 + 1, n_dimensions)[1:])
     return np.concatenate([np.zeros((1, n_dimensions)), half, -half])
+
+
+def _halton(n_points: int, n_dimensions: int) -> Array:
+    """The first points `(n_points, n_dimensions)` of the Halton sequence in (0, 1), beginning with 0.
+
+    Those of `scipy.stats.qmc.Halton(scramble=False)`, without the third of a second that importing it takes.
+    """
+    bases = [k for k in range(2, 100) if all(k % divisor for divisor in range(2, k))][:n_dimensions]
+    points = np.zeros((n_points, n_dimensions))
+    for column, base in enumerate(bases):
+        left, unit = np.arange(n_points), 1.0
+        while left.any():
+            unit /= base
+            points[:, column] += (left % base) * unit
+            left //= base
+    return points
 
 
 @dataclass(frozen=True)
@@ -515,7 +533,7 @@ def _leave_one_out(problem: _Problem, theta: Array) -> Array:
 def _solved(problem: _Problem, theta: Array) -> tuple[_Covariance, Array, Array]:
     """The covariance K of the rows, its Cholesky factor, and the weights K^-1 y."""
     covariance = _Covariance(problem, theta)
-    factor, failed = _potrf(covariance.matrix, lower=True, clean=True)
+    factor, failed = _potrf(covariance.matrix.T, lower=True, clean=True, overwrite_a=True)
     if failed:
         raise FitError(
             "Expected coalitions whose covariance is positive definite, found one that is not to rounding. "

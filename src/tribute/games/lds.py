@@ -13,7 +13,6 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
 
 from tribute.errors import ConfigError, FitError
 from tribute.games.coalitions import check_evaluations, check_finite, check_masks, coalition_keys
@@ -436,10 +435,30 @@ def rank_correlation(first: npt.ArrayLike, second: npt.ArrayLike) -> Array:
 
 def _standardised_ranks(values: npt.ArrayLike) -> Array:
     """Ranks along the last axis with mean 0 and sum of squares 1; ties share a rank; NaN where all are equal."""
-    ranks = rankdata(values, axis=-1)
+    ranks = _ranks(np.asarray(values, dtype=np.float64))
     ranks -= ranks.mean(axis=-1, keepdims=True)
     norm = np.sqrt((ranks**2).sum(axis=-1, keepdims=True))
     return np.divide(ranks, norm, out=np.full(ranks.shape, np.nan), where=norm > 0)
+
+
+def _ranks(values: Array) -> Array:
+    """Ranks along the last axis from 1, ties sharing their mean; all NaN where a value is NaN.
+
+    Those of `scipy.stats.rankdata(values, axis=-1)`, without the third of a second that importing it takes.
+    """
+    order = np.argsort(values, axis=-1)
+    ascending = np.take_along_axis(values, order, axis=-1)
+    place = np.broadcast_to(np.arange(values.shape[-1]), values.shape)
+    is_new = np.ones(values.shape, dtype=np.bool_)
+    is_new[..., 1:] = ascending[..., 1:] != ascending[..., :-1]
+    is_last = np.ones(values.shape, dtype=np.bool_)
+    is_last[..., :-1] = is_new[..., 1:]
+    first = np.maximum.accumulate(np.where(is_new, place, 0), axis=-1)
+    last = np.minimum.accumulate(np.where(is_last, place, values.shape[-1])[..., ::-1], axis=-1)[..., ::-1]
+    ranks = np.empty(values.shape)
+    np.put_along_axis(ranks, order, (first + last) / 2.0 + 1.0, axis=-1)
+    ranks[np.isnan(values).any(axis=-1)] = np.nan
+    return ranks
 
 
 def _checked_test_behaviors(behaviors: Array, n_test: int) -> Array:

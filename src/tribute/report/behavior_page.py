@@ -1,4 +1,4 @@
-"""What a report says about one behavior: credit, how sure it is, its proof, convergence, and the status quo beside it."""
+"""What a report says about one behavior: credit, how sure it is, its proof, convergence, the status quo."""
 
 from __future__ import annotations
 
@@ -445,8 +445,8 @@ def _cautions(about: Measured, validation: Validation | None) -> list[Sentence]:
     elif (about.fitted.values * about.direction < 0).any() and np.nanmax(np.abs(about.shares)) > 1:
         found.append(
             say(
-                "Good and bad credit nearly cancel, so {shares} exceed 100\u00a0% and change much when estimates change "
-                "a little.",
+                "Good and bad credit nearly cancel, so {shares} exceed 100\u00a0% and change much when estimates "
+                "change a little.",
                 shares=term("shares", "share"),
             )
         )

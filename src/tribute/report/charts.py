@@ -271,7 +271,7 @@ def scatter_chart(key: str, predicted: Array, measured: Array, *, behavior: str)
     chart = Chart(
         key,
         f"Predicted and measured {behavior} of models that were retrained",
-        f"{len(predicted)} points, one per test coalition. Across: the prediction from the credit, {_range(predicted)}. "
+        f"{len(predicted)} points, one per test coalition. Across: the prediction, {_range(predicted)}. "
         f"Up: what was measured, {_range(mean)}. "
         + (f"Their correlation is {fixed(agreement, 2)}." if math.isfinite(agreement) else ""),
         WIDTH,

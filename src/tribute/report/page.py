@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import importlib
+import importlib.util
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 from tribute.config import StudyConfig
 from tribute.errors import ConfigError, FitError
@@ -21,7 +24,6 @@ from tribute.report.sentences import Sentence, say, term
 from tribute.store.records import Store
 from tribute.study.costs import read_costs
 from tribute.study.manifest import read_manifest
-from tribute.study.pictures import Picture, read_pictures
 from tribute.study.record import StudyRecord
 from tribute.study.results import summarise_behavior
 
@@ -269,7 +271,7 @@ def gather_page(
             pages.append(behavior_page(key, found, config, names, record.contributor_names, record.n_examples))
         except FitError as error:
             pages.append(page_without_credit(key, name, str(error)))
-    figures, n_left_out = _figures(read_pictures(config.run_dir), names, pages)
+    figures, n_left_out = _figures(_read_pictures(config.run_dir), names, pages)
     payouts = [] if payout is None else [_payout_page(payout, page, names) for page in pages]
     moment = time.gmtime(written)
     return ReportPage(
@@ -315,7 +317,7 @@ def _progress(record: StudyRecord, store: Store, study_id: int) -> Progress:
 
 
 def _figures(
-    pictures: Sequence[Picture], names: Sequence[Label], pages: Sequence[BehaviorPage]
+    pictures: Sequence[Any], names: Sequence[Label], pages: Sequence[BehaviorPage]
 ) -> tuple[list[PictureFigure], int]:
     """Pictures as data URIs, and how many are left out for their size."""
     titles = {page.name: page.title for page in pages}
@@ -348,6 +350,12 @@ def _figures(
             )
         )
     return figures, n_left_out
+
+
+def _read_pictures(run_dir: Path) -> list[Any]:
+    if importlib.util.find_spec("tribute.study.pictures") is None:
+        return []
+    return importlib.import_module("tribute.study.pictures").read_pictures(run_dir)
 
 
 def _png_bytes(path: Path) -> bytes | None:

@@ -50,8 +50,8 @@ def render(page: ReportPage) -> str:
             sections=sections(page),
             policy=policy,
             # The only text that is not escaped: two files of this package.
-            style=Markup(style),  # noqa: S704
-            script=Markup(script),  # noqa: S704
+            style=Markup(style),
+            script=Markup(script),
             version=__version__,
         )
     )

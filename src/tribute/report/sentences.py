@@ -165,8 +165,8 @@ def answer(about: Measured) -> Sentence:
     nobody_clear = not any(about.is_clear(i, sign) for i in range(len(about.names)) for sign in (1, -1))
     if nobody_clear and not math.isnan(low):
         return say(
-            "Nobody\u2019s credit can be told from zero yet; the largest estimate is that of {leader}, whose {examples} "
-            "{verb} the {title} by {size} ({interval}).",
+            "Nobody\u2019s credit can be told from zero yet; the largest estimate is that of {leader}, whose "
+            "{examples} {verb} the {title} by {size} ({interval}).",
             leader=who(about.names[leader]),
             examples=_examples(about, leader),
             verb=about.verb if value * about.direction >= 0 else _opposite(about.verb),
@@ -224,8 +224,8 @@ def context(about: Measured) -> list[Sentence]:
     better = (about.v_grand - about.v_empty) * about.direction > 0
     sentences = [
         say(
-            "All contributors together {change} the {title} from {empty} (a network that learned from nobody) to {grand} "
-            "(one that learned from everybody), which is {word}.",
+            "All contributors together {change} the {title} from {empty} (a network that learned from nobody) to "
+            "{grand} (one that learned from everybody), which is {word}.",
             change="take",
             title=about.title,
             empty=number(fixed(about.v_empty, decimals), "empty"),

@@ -14,28 +14,54 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypedDict, Unpack, get_args
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, get_args
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import ColumnElement, Engine, Row, func, insert, select, update
+from sqlalchemy import (
+    ARRAY,
+    ColumnElement,
+    Engine,
+    Integer,
+    Row,
+    String,
+    and_,
+    any_,
+    bindparam,
+    cast,
+    delete,
+    exists,
+    false,
+    func,
+    insert,
+    literal,
+    not_,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.engine import Connection
 
 from tribute.errors import BehaviorError, CoalitionError, MixedResultsError, StoreError
 from tribute.store import tables
+from tribute.store.patience import Patience
 from tribute.store.tables import artifact, behavior, contributor, evaluation, study
 from tribute.types import Behaviors, CoalitionMask, CoalitionMasks
 
 Status = Literal["pending", "running", "finished", "failed"]
 
-LEASE_SECONDS = 3600.0
+Result = TypeVar("Result")
+
+LEASE_SECONDS = 900.0
+"""How long a claim lasts without a heartbeat."""
+
 _IDENTIFYING = (
     "exp_name",
     "dataset",
@@ -49,6 +75,14 @@ _IDENTIFYING = (
 _SPEC_COLUMNS = (*_IDENTIFYING, "role", "priority")  # with the coalition, all that makes a specification
 _SINGLE_IMAGE = "generated_image_"  # behaviors of single images begin so
 _CHUNK = 500  # identities per query, far below the 32,766 variables that SQLite allows
+_FEW = 50  # numbers, or runs of numbers, that a condition lists one by one
+_UNCLAIMED: Mapping[str, Any] = {
+    "status": "pending",
+    "owner": None,
+    "owner_token": None,
+    "lease_expires": None,
+    "heartbeat": None,
+}
 
 
 class Unfiltered(Enum):
@@ -254,7 +288,8 @@ class StoredEvaluation(FinishedEvaluation):
         attempts: How often it was claimed and not released.
         error: Why it failed.
         owner: The process that claimed it last, for people.
-        created: Seconds since the epoch, as `started` and `finished`.
+        created: Seconds since the epoch, as `started`, `heartbeat` and `finished`.
+        heartbeat: When the last claim gave its last sign of life.
     """
 
     evaluation_id: int = field(kw_only=True)
@@ -265,7 +300,40 @@ class StoredEvaluation(FinishedEvaluation):
     owner: str | None = field(kw_only=True)
     created: float = field(kw_only=True)
     started: float | None = field(kw_only=True)
+    heartbeat: float | None = field(kw_only=True)
     finished: float | None = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class RunningEvaluation:
+    """An evaluation in hand, and what is known of the process that has it.
+
+    Attributes:
+        evaluation_id: Its number in the store.
+        study_id: The study it belongs to.
+        spec: What is measured.
+        attempts: How often it was claimed and not released.
+        owner: The process that claimed it, for people.
+        started: When it was claimed, seconds since the epoch.
+        heartbeat: Last sign of life, seconds since the epoch; None where a version before heartbeats claimed it.
+        lease_left: Seconds until others may claim it; negative where they may already.
+        is_owner_gone: The process is known to have ended. False also where this host cannot know.
+    """
+
+    evaluation_id: int
+    study_id: int
+    spec: EvaluationSpec
+    attempts: int
+    owner: str
+    started: float
+    heartbeat: float | None
+    lease_left: float
+    is_owner_gone: bool
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether nobody else may claim it yet."""
+        return self.lease_left > 0 and not self.is_owner_gone
 
 
 @dataclass(frozen=True, eq=False)
@@ -352,27 +420,33 @@ class Store:
     """Studies and their evaluations in a database; a context manager.
 
     Safe for many processes at once, on one host with SQLite and on many with PostgreSQL. Every write is one
-    short transaction: after a crash it has happened or it has not. Every method raises `StoreError` when the
-    database does not answer.
+    short transaction: after a crash it has happened or it has not. While the database is locked or does not answer,
+    every method tries again for as long as `patience` says, and then raises `StoreError`; so it does at once where
+    waiting cannot help, as on a full disk. Threads may share a store.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, patience: Patience | None = None) -> None:
         self._engine = engine
         self._writing_engine = tables.writer(engine)
+        self._patience = patience or Patience()
+        self._is_file = tables.database_file(engine.url) is not None
 
     @classmethod
-    def open(cls, location: str | Path, *, create: bool = True) -> Store:
-        """Open the store at `location`.
+    def open(cls, location: str | Path, *, create: bool = True, patience: Patience | None = None) -> Store:
+        """Open the store at `location`; one of an older schema is migrated.
 
         Args:
             location: Path of a SQLite file (its folders are made), or an SQLAlchemy URL.
             create: Make what is missing. False also opens a file that may only be read.
+            patience: With a database that is locked or does not answer; 90 s by default.
 
         Raises:
             StoreError: `location` is a directory, not writable, on a network file system, not a database, of
-                something else, of a newer schema, or missing with `create=False`.
+                something else, of a newer schema, of an older one that may not be written, or missing with
+                `create=False`.
         """
-        return cls(tables.open_database(location, create=create))
+        patience = patience or Patience()
+        return cls(tables.open_database(location, create=create, patience=patience), patience=patience)
 
     def __enter__(self) -> Store:
         return self
@@ -390,6 +464,28 @@ class Store:
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()
+
+    def in_transaction(self, work: Callable[[Connection, int], Result], *, writes: bool) -> Result:
+        """What `work` returns, called within one transaction; again while the database does not answer.
+
+        Args:
+            work: Called with the connection and the number of the attempt, from 0. An earlier attempt either did not
+                happen or happened without its answer arriving: `work` must give the same result after both.
+            writes: Whether it changes anything.
+        """
+        engine = self._writing_engine if writes else self._engine
+
+        def attempt(number: int) -> Result:
+            with engine.begin() as connection:
+                return work(connection, number)
+
+        return self._patience.insist(attempt, self.location)
+
+    def _read(self, work: Callable[[Connection], Result]) -> Result:
+        return self.in_transaction(lambda connection, _number: work(connection), writes=False)
+
+    def _write(self, work: Callable[[Connection], Result]) -> Result:
+        return self.in_transaction(lambda connection, _number: work(connection), writes=True)
 
     # Studies
 
@@ -411,13 +507,12 @@ class Store:
             MixedResultsError: The study exists with other contributors.
         """
         asked = Study(name, dataset, tuple(contributor_names), tuple(int(n) for n in n_examples), fingerprint, config)
-        with self._write() as connection:
-            return _open_study(connection, asked)
+        return self._write(lambda connection: _open_study(connection, asked))
 
     def studies(self, *, name: str | None = None, dataset: str | None = None) -> list[Study]:
         """The studies with this name and dataset, all by default, in the order they were made."""
-        with self._read() as connection:
-            return [
+        return self._read(
+            lambda connection: [
                 Study(
                     name=row.name,
                     dataset=row.dataset,
@@ -431,11 +526,11 @@ class Store:
                 if name in (None, row.name) and dataset in (None, row.dataset)
                 for members in [_contributors(connection, row.id)]
             ]
+        )
 
     def contributors(self, study_id: int) -> list[Contributor]:
         """The contributors of a study, by index."""
-        with self._read() as connection:
-            members = _contributors(connection, study_id)
+        members = self._read(lambda connection: _contributors(connection, study_id))
         if not members:
             raise _unknown_study(study_id)
         return members
@@ -452,13 +547,13 @@ class Store:
             CoalitionError: A coalition has not one element per contributor.
             MixedResultsError: One is of another dataset, or is stored with another role.
         """
-        with self._write() as connection:
-            return _add(connection, study_id, list(specs))
+        asked = list(specs)
+        return self._write(lambda connection: _add(connection, study_id, asked))
 
     def ids_of(self, study_id: int, identities: Sequence[str]) -> dict[str, int]:
         """Numbers of those evaluations that the study has, by identity, in the order asked for."""
-        with self._read() as connection:
-            found = _by_identity(connection, study_id, list(dict.fromkeys(identities)))
+        wanted = list(dict.fromkeys(identities))
+        found = self._read(lambda connection: _by_identity(connection, study_id, wanted))
         return {identity: found[identity].id for identity in identities if identity in found}
 
     def claim(
@@ -476,42 +571,82 @@ class Store:
         Returns:
             The evaluation, which nobody else gets while the lease lasts; None when there is nothing to do.
         """
-        where = _where(study_id, filters)
-        ordered = select(evaluation).where(*where).order_by(evaluation.c.priority, evaluation.c.id)
-        ordered = ordered.with_for_update(skip_locked=True)
-        is_file = tables.database_file(self._engine.url) is not None
         token = uuid.uuid4().hex
-        with self._write() as connection:
+
+        def take(connection: Connection, number: int) -> Row | None:
             now = time.time()
-            ready = [
-                *connection.execute(ordered.where(evaluation.c.status == "pending").limit(1)),
-                *(
-                    row
-                    for row in connection.execute(ordered.where(evaluation.c.status == "running"))
-                    if row.lease_expires <= now or _is_gone(row.owner, is_file=is_file)
-                ),
-            ]
-            if not ready:
+            # An attempt before this one may have claimed, and only its answer was lost.
+            mine = evaluation.c.status == "running", evaluation.c.owner_token == token
+            if number and (row := connection.execute(select(evaluation).where(*mine)).one_or_none()) is not None:
+                return row
+            row = self._next(connection, self._where(study_id, filters), now)
+            if row is None:
                 return None
-            row = min(ready, key=lambda row: (row.priority, row.id))
             connection.execute(
                 update(evaluation)
                 .where(evaluation.c.id == row.id)
                 .values(
                     status="running",
-                    attempts=row.attempts + 1,
+                    attempts=evaluation.c.attempts + 1,
                     error=None,
                     owner=_process(os.getpid()),
                     owner_token=token,
                     lease_expires=now + lease_seconds,
+                    heartbeat=now,
                     started=now,
                 )
             )
-        return ClaimedEvaluation(row.id, row.study_id, _spec(row), row.attempts + 1, lease_seconds, token)
+            return connection.execute(select(evaluation).where(evaluation.c.id == row.id)).one()
+
+        row = self.in_transaction(take, writes=True)
+        if row is None:
+            return None
+        return ClaimedEvaluation(row.id, row.study_id, _spec(row), row.attempts, lease_seconds, token)
+
+    def _next(self, connection: Connection, where: Sequence[ColumnElement[bool]], now: float) -> Row | None:
+        """Number and priority of the evaluation to be claimed next, locked where the database locks rows."""
+        ordered = (
+            select(evaluation.c.id, evaluation.c.priority)
+            .where(*where)
+            .order_by(evaluation.c.priority, evaluation.c.id)
+            .limit(1)
+            .with_for_update(skip_locked=True)
+        )
+        pending = connection.execute(ordered.where(evaluation.c.status == "pending")).one_or_none()
+        abandoned = None
+        is_running = evaluation.c.status == "running"
+        owner = cast(evaluation.c.owner, String)
+        by_owner = select(owner.label("owner"), func.min(evaluation.c.lease_expires).label("first"))
+        owners = connection.execute(by_owner.where(is_running, *where).group_by(owner)).all()
+        gone = [row.owner for row in owners if _is_gone(json.loads(row.owner), is_file=self._is_file)]
+        if gone or any(row.first <= now for row in owners):
+            is_free = or_(evaluation.c.lease_expires <= now, owner.in_(gone))
+            abandoned = connection.execute(ordered.where(is_running, is_free)).one_or_none()
+        found = [row for row in (pending, abandoned) if row is not None]
+        return min(found, key=lambda row: (row.priority, row.id), default=None)
 
     def heartbeat(self, claimed: ClaimedEvaluation) -> bool:
-        """Extend the lease to `lease_seconds` from now; False when this claim has lost it."""
-        return self._update_claimed(claimed, lease_expires=time.time() + claimed.lease_seconds)
+        """Give a sign of life: the lease lasts `lease_seconds` from now. False when this claim has lost it."""
+        return not self.heartbeat_all([claimed])
+
+    def heartbeat_all(self, claims: Iterable[ClaimedEvaluation]) -> set[int]:
+        """Give a sign of life for many claims at once, from any thread.
+
+        Returns:
+            Numbers of the evaluations that are no longer these claims'.
+        """
+        # In one order everywhere, so that two of these cannot wait for each other.
+        claims = sorted(claims, key=lambda claimed: claimed.evaluation_id)
+
+        def beat(connection: Connection) -> set[int]:
+            now = time.time()
+            return {
+                claimed.evaluation_id
+                for claimed in claims
+                if not _update_claimed(connection, claimed, lease_expires=now + claimed.lease_seconds, heartbeat=now)
+            }
+
+        return self._write(beat) if claims else set()
 
     def finish(
         self,
@@ -543,7 +678,8 @@ class Store:
             _plain(provenance, "provenance"),
             _plain(definitions or {}, "definitions"),
         )
-        with self._write() as connection:
+
+        def record(connection: Connection) -> None:
             row = _locked(connection, claimed.evaluation_id)
             if row is None or row.owner_token != claimed.token or row.status not in ("running", "finished"):
                 raise _lost(claimed, row)
@@ -552,26 +688,37 @@ class Store:
             else:
                 _write_result(connection, row.id, result)
 
+        self._write(record)
+
     def fail(self, claimed: ClaimedEvaluation, error: str) -> None:
         """Set a claimed evaluation aside with the reason; `retry` brings it back.
 
         Raises:
             StoreError: Another process has the evaluation now.
         """
-        if not self._update_claimed(claimed, status="failed", error=error, finished=time.time()):
-            with self._read() as connection:
-                raise _lost(claimed, _locked(connection, claimed.evaluation_id))
+        # Databases refuse half characters, as names of files may have them, and PostgreSQL refuses NUL.
+        text = error.encode(errors="backslashreplace").decode().replace("\0", "\\0")
+
+        def set_aside(connection: Connection, number: int) -> None:
+            if _update_claimed(connection, claimed, status="failed", error=text, finished=time.time()):
+                return
+            row = _locked(connection, claimed.evaluation_id)
+            if not (number and row is not None and row.status == "failed" and row.owner_token == claimed.token):
+                raise _lost(claimed, row)
+
+        self.in_transaction(set_aside, writes=True)
 
     def release(self, claimed: ClaimedEvaluation) -> bool:
         """Give a claimed evaluation back unmeasured, uncounted; False when it was no longer this claim's."""
-        return self._update_claimed(
-            claimed,
-            status="pending",
-            attempts=evaluation.c.attempts - 1,
-            owner=None,
-            owner_token=None,
-            lease_expires=None,
-        )
+
+        def give_back(connection: Connection, number: int) -> bool:
+            values = {**_UNCLAIMED, "attempts": evaluation.c.attempts - 1}
+            if _update_claimed(connection, claimed, **values):
+                return True
+            row = _locked(connection, claimed.evaluation_id)
+            return number > 0 and row is not None and row.status == "pending"
+
+        return self.in_transaction(give_back, writes=True)
 
     def retry(
         self,
@@ -584,16 +731,87 @@ class Store:
 
         Those attempted `max_attempts` times or more stay failed.
         """
-        where = _where(study_id, filters)
+        where = self._where(study_id, filters)
         if max_attempts is not None:
             where.append(evaluation.c.attempts < max_attempts)
-        with self._write() as connection:
-            changed = connection.execute(
-                update(evaluation)
-                .where(evaluation.c.status == "failed", *where)
-                .values(status="pending", owner=None, owner_token=None, lease_expires=None, finished=None)
+        again = update(evaluation).where(evaluation.c.status == "failed", *where).values(**_UNCLAIMED, finished=None)
+        return self._write(lambda connection: connection.execute(again).rowcount)
+
+    def reset(self, study_id: int, **filters: Unpack[Filters]) -> int:
+        """Make evaluations pending again, as if they had never been measured; results are deleted.
+
+        Finished and failed ones are meant, and running ones whose claim is over.
+
+        Returns:
+            How many; those that were pending do not count.
+
+        Raises:
+            StoreError: One is being measured. Nothing was changed.
+        """
+
+        def forget(connection: Connection) -> int:
+            ids = self._at_rest(connection, study_id, filters, "reset", evaluation.c.status != "pending")
+            for chunk in _chunks(ids):
+                connection.execute(delete(behavior).where(behavior.c.evaluation_id.in_(chunk)))
+                values = {**_UNCLAIMED, "attempts": 0, "error": None, "started": None, "finished": None}
+                values |= {"seconds": None, "provenance": None}
+                connection.execute(update(evaluation).where(evaluation.c.id.in_(chunk)).values(**values))
+            return len(ids)
+
+        return self._write(forget)
+
+    def delete(self, study_id: int, **filters: Unpack[Filters]) -> int:
+        """Delete evaluations of any status, with their results, and return how many.
+
+        Raises:
+            StoreError: One is being measured. Nothing was changed.
+        """
+
+        def remove(connection: Connection) -> int:
+            ids = self._at_rest(connection, study_id, filters, "deleted")
+            _delete_evaluations(connection, ids)
+            return len(ids)
+
+        return self._write(remove)
+
+    def delete_study(self, study_id: int) -> None:
+        """Delete a study with its contributors, evaluations, results and the records of its files.
+
+        A study that is not there (any more) is no error.
+
+        Raises:
+            StoreError: One of its evaluations is being measured. Nothing was changed.
+        """
+
+        def remove(connection: Connection) -> None:
+            _delete_evaluations(connection, self._at_rest(connection, study_id, {}, "deleted"))
+            for table in (artifact, contributor):
+                connection.execute(delete(table).where(table.c.study_id == study_id))
+            connection.execute(delete(study).where(study.c.id == study_id))
+
+        self._write(remove)
+
+    def _at_rest(
+        self, connection: Connection, study_id: int, filters: Filters, to_be: str, *where: ColumnElement[bool]
+    ) -> list[int]:
+        """Numbers of the evaluations that match, locked; refuses those that are being measured."""
+        columns = (evaluation.c[name] for name in ("id", "status", "owner", "lease_expires"))
+        query = select(*columns).where(*self._where(study_id, filters), *where)
+        now = time.time()
+        rows = connection.execute(query.order_by(evaluation.c.id).with_for_update()).all()
+        alive = [
+            row
+            for row in rows
+            if row.status == "running" and row.lease_expires > now and not _is_gone(row.owner, is_file=self._is_file)
+        ]
+        if alive:
+            first = alive[0]
+            raise StoreError(
+                f"Evaluations at rest were expected to be {to_be}; {len(alive)} of them are being measured, e.g. "
+                f"{first.id} by {_shown_owner(first.owner)}. Nothing was changed: end that process, or leave them "
+                "out by their status."
             )
-            return changed.rowcount
+        return [row.id for row in rows]
 
     def add_finished(self, results: Mapping[Study, Sequence[FinishedEvaluation]]) -> int:
         """Record results that were measured elsewhere, all or none; studies that are new are made.
@@ -607,8 +825,9 @@ class Store:
             MixedResultsError: One is stored with other values, or a study has other contributors.
             BehaviorError: One has no behavior, or one that is not a finite number.
         """
-        n_new = 0
-        with self._write() as connection:
+
+        def record(connection: Connection) -> int:
+            n_new = 0
             for asked, finished in results.items():
                 study_id = _open_study(connection, asked)
                 ids = _add(connection, study_id, [result.spec for result in finished])
@@ -626,30 +845,35 @@ class Store:
                         continue
                     _write_result(connection, evaluation_id, plain, owner=None, owner_token=None)
                     n_new += 1
-        return n_new
+            return n_new
+
+        return self._write(record)
 
     # Evaluations: what is there
 
     def counts(self, study_id: int | None = None, **filters: Unpack[Filters]) -> dict[Status, int]:
         """Number of evaluations by status; every status occurs."""
-        where = _where(study_id, filters)
+        where = self._where(study_id, filters)
         query = select(evaluation.c.status, func.count().label("n")).where(*where).group_by(evaluation.c.status)
-        with self._read() as connection:
-            found = {row.status: row.n for row in connection.execute(query)}
+        found = self._read(lambda connection: {row.status: row.n for row in connection.execute(query)})
         return {status: found.get(status, 0) for status in get_args(Status)}
 
     def find(self, study_id: int | None = None, **filters: Unpack[Filters]) -> list[StoredEvaluation]:
         """The evaluations that match, of any status, by number."""
-        where = _where(study_id, filters)
+        where = self._where(study_id, filters)
+        measured = select(behavior).join(evaluation, evaluation.c.id == behavior.c.evaluation_id).where(*where)
+        rows, behaviors = self._read(
+            lambda connection: (
+                connection.execute(select(evaluation).where(*where).order_by(evaluation.c.id)).all(),
+                connection.execute(measured.order_by(behavior.c.name)).all(),
+            )
+        )
         values: dict[int, dict[str, float]] = {}
         definitions: dict[int, dict[str, Any]] = {}
-        measured = select(behavior).join(evaluation, evaluation.c.id == behavior.c.evaluation_id).where(*where)
-        with self._read() as connection:
-            rows = connection.execute(select(evaluation).where(*where).order_by(evaluation.c.id)).all()
-            for row in connection.execute(measured.order_by(behavior.c.name)):
-                values.setdefault(row.evaluation_id, {})[row.name] = row.value
-                if row.definition is not None:
-                    definitions.setdefault(row.evaluation_id, {})[row.name] = row.definition
+        for row in behaviors:
+            values.setdefault(row.evaluation_id, {})[row.name] = row.value
+            if row.definition is not None:
+                definitions.setdefault(row.evaluation_id, {})[row.name] = row.definition
         return [
             StoredEvaluation(
                 spec=_spec(row),
@@ -665,7 +889,28 @@ class Store:
                 owner=None if row.owner is None else _shown_owner(row.owner),
                 created=row.created,
                 started=row.started,
+                heartbeat=row.heartbeat,
                 finished=row.finished,
+            )
+            for row in rows
+        ]
+
+    def running(self, study_id: int | None = None) -> list[RunningEvaluation]:
+        """The evaluations that are in hand, by number, and what is known of the processes that have them."""
+        query = select(evaluation).where(evaluation.c.status == "running", *self._where(study_id, {}))
+        rows = self._read(lambda connection: connection.execute(query.order_by(evaluation.c.id)).all())
+        now = time.time()
+        return [
+            RunningEvaluation(
+                evaluation_id=row.id,
+                study_id=row.study_id,
+                spec=_spec(row),
+                attempts=row.attempts,
+                owner=_shown_owner(row.owner),
+                started=row.started,
+                heartbeat=row.heartbeat,
+                lease_left=row.lease_expires - now,
+                is_owner_gone=_is_gone(row.owner, is_file=self._is_file),
             )
             for row in rows
         ]
@@ -679,15 +924,18 @@ class Store:
         Raises:
             MixedResultsError: The evaluations are of several studies, or measured by different definitions.
         """
-        where = _where(study_id, {**filters, "statuses": ["finished"]})
+        where = self._where(study_id, {**filters, "statuses": ["finished"]})
         query = (
             select(evaluation, behavior.c.value, behavior.c.definition)
             .join(behavior, evaluation.c.id == behavior.c.evaluation_id)
             .where(behavior.c.name == behavior_name, *where)
         )
-        with self._read() as connection:
-            rows = list(connection.execute(query))
-            contents = "" if rows else _contents(connection)
+
+        def select_rows(connection: Connection) -> tuple[list[Row], str]:
+            found = list(connection.execute(query))
+            return found, "" if found else _contents(connection)
+
+        rows, contents = self._read(select_rows)
         # Sorted here, because databases disagree on where NULL goes.
         rows.sort(key=lambda row: (-1 if row.removal_seed is None else row.removal_seed, row.opt_seed, row.id))
         studies = sorted({row.study_id for row in rows})
@@ -742,8 +990,14 @@ class Store:
 
     def describe(self) -> str:
         """What the store holds, in lines for people: experiments with their status and behaviors."""
-        with self._read() as connection:
-            return _contents(connection)
+        return self._read(_contents)
+
+    def check(self) -> list[str]:
+        """What is wrong with the store, one line each; nothing where all is well.
+
+        Looks at the file itself (SQLite), at the rules that every write keeps, and computes all identities anew.
+        """
+        return self._read(_faults)
 
     # Artifacts
 
@@ -759,7 +1013,8 @@ class Store:
         """Record a file that the study made; the same kind and path again replaces the record."""
         key = {"study_id": study_id, "kind": kind, "path": str(path)}
         content = {"sha256": sha256, "meta": _plain(meta or {}, "meta")}
-        with self._write() as connection:
+
+        def record(connection: Connection) -> None:
             _lock_study(connection, study_id)
             replaced = connection.execute(
                 update(artifact).where(*(artifact.c[name] == value for name, value in key.items())).values(content)
@@ -767,39 +1022,64 @@ class Store:
             if not replaced.rowcount:
                 connection.execute(insert(artifact).values(**key, **content))
 
+        self._write(record)
+
     def artifacts(self, study_id: int, *, kind: str | None = None) -> list[Artifact]:
         """The recorded files of a study, of one kind or of all, in the order they were first recorded."""
         query = select(artifact).where(artifact.c.study_id == study_id).order_by(artifact.c.id)
-        with self._read() as connection:
-            return [
+        return self._read(
+            lambda connection: [
                 Artifact(row.kind, row.path, row.sha256, row.meta or {})
                 for row in connection.execute(query)
                 if kind in (None, row.kind)
             ]
+        )
 
-    @contextmanager
-    def _read(self) -> Iterator[Connection]:
-        with tables.database_errors(self._engine), self._engine.begin() as connection:
-            yield connection
+    def _where(self, study_id: int | None, filters: Filters) -> list[ColumnElement[bool]]:
+        """The filters as SQL conditions."""
+        equal = ("dataset", "exp_name", "method", "datamodel_alpha", "opt_seed", "role")
+        where = [] if study_id is None else [evaluation.c.study_id == _bindable(study_id)]
+        for name in equal:
+            value = filters.get(name)
+            if value is not None:
+                where.append(evaluation.c[name] == _bindable(value))
+        for name, column in {"roles": "role", "statuses": "status"}.items():
+            allowed = filters.get(name)
+            if allowed is not None:
+                where.append(evaluation.c[column].in_([_bindable(value) for value in allowed]))
+        evaluation_ids = filters.get("evaluation_ids")
+        if evaluation_ids is not None:
+            where.append(_among(evaluation_ids, is_sqlite=self._engine.dialect.name == "sqlite"))
+        removal_dist = filters.get("removal_dist", ANY)
+        if removal_dist is not ANY:
+            where.append(evaluation.c.removal_dist == removal_dist)  # SQLAlchemy turns None into IS NULL
+        return where
 
-    @contextmanager
-    def _write(self) -> Iterator[Connection]:
-        with tables.database_errors(self._engine), self._writing_engine.begin() as connection:
-            yield connection
 
-    def _update_claimed(self, claimed: ClaimedEvaluation, **values: Any) -> bool:
-        """Change an evaluation that this claim still has; False when it has it no longer."""
-        with self._write() as connection:
-            changed = connection.execute(
-                update(evaluation)
-                .where(
-                    evaluation.c.id == claimed.evaluation_id,
-                    evaluation.c.owner_token == claimed.token,
-                    evaluation.c.status == "running",
-                )
-                .values(**values)
-            )
-            return changed.rowcount == 1
+def _update_claimed(connection: Connection, claimed: ClaimedEvaluation, **values: Any) -> bool:
+    """Change an evaluation that this claim still has; False when it has it no longer."""
+    changed = connection.execute(
+        update(evaluation)
+        .where(
+            evaluation.c.id == claimed.evaluation_id,
+            evaluation.c.owner_token == claimed.token,
+            evaluation.c.status == "running",
+        )
+        .values(**values)
+    )
+    return changed.rowcount == 1
+
+
+def _delete_evaluations(connection: Connection, ids: Sequence[int]) -> None:
+    """Delete evaluations and their behaviors."""
+    for chunk in _chunks(ids):
+        connection.execute(delete(behavior).where(behavior.c.evaluation_id.in_(chunk)))
+        connection.execute(delete(evaluation).where(evaluation.c.id.in_(chunk)))
+
+
+def _chunks(items: Sequence[Any]) -> list[Sequence[Any]]:
+    """The items in parts of at most `_CHUNK`."""
+    return [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
 
 
 def _open_study(connection: Connection, asked: Study) -> int:
@@ -899,8 +1179,7 @@ def _by_identity(connection: Connection, study_id: int, identities: Sequence[str
     """Number and role of those evaluations that the study has, by identity."""
     found: dict[str, Row] = {}
     query = select(evaluation.c.identity, evaluation.c.id, evaluation.c.role)
-    for start in range(0, len(identities), _CHUNK):
-        chunk = identities[start : start + _CHUNK]
+    for chunk in _chunks(identities):
         rows = connection.execute(query.where(evaluation.c.study_id == study_id, evaluation.c.identity.in_(chunk)))
         found |= {row.identity: row for row in rows}
     return found
@@ -923,23 +1202,27 @@ def _spec(row: Row) -> EvaluationSpec:
     return EvaluationSpec(coalition_mask=_text_to_mask(row.coalition), **columns)
 
 
-def _where(study_id: int | None, filters: Filters) -> list[ColumnElement[bool]]:
-    """The filters as SQL conditions."""
-    equal = ("dataset", "exp_name", "method", "datamodel_alpha", "opt_seed", "role")
-    one_of = {"roles": "role", "statuses": "status", "evaluation_ids": "id"}
-    where = [] if study_id is None else [evaluation.c.study_id == _bindable(study_id)]
-    for name in equal:
-        value = filters.get(name)
-        if value is not None:
-            where.append(evaluation.c[name] == _bindable(value))
-    for name, column in one_of.items():
-        allowed = filters.get(name)
-        if allowed is not None:
-            where.append(evaluation.c[column].in_([_bindable(value) for value in allowed]))
-    removal_dist = filters.get("removal_dist", ANY)
-    if removal_dist is not ANY:
-        where.append(evaluation.c.removal_dist == removal_dist)  # SQLAlchemy turns None into IS NULL
-    return where
+def _among(ids: Sequence[int], *, is_sqlite: bool) -> ColumnElement[bool]:
+    """Whether an evaluation's number is one of `ids`, in SQL that stays short for thousands of them.
+
+    A plan's evaluations are mostly added together, so that their numbers are a few runs without gaps.
+    """
+    numbers = np.unique(np.asarray(ids, dtype=np.int64))
+    if not numbers.size:
+        return false()
+    if numbers.size <= _FEW:
+        return evaluation.c.id.in_(numbers.tolist())
+    # Not the plain column: a search by number would beat the index that has the evaluations in the order of claims.
+    number = evaluation.c.id + literal(0)
+    gaps = np.flatnonzero(np.diff(numbers) > 1)
+    firsts, lasts = numbers[[0, *(gaps + 1)]], numbers[[*gaps, -1]]
+    if len(firsts) <= _FEW:
+        runs = zip(firsts.tolist(), lasts.tolist(), strict=True)
+        return or_(*(number.between(first, last) for first, last in runs))
+    if is_sqlite:
+        listed = func.json_each(json.dumps(numbers.tolist())).table_valued("value")
+        return number.in_(select(listed.c.value))
+    return number == any_(bindparam("evaluation_ids", numbers.tolist(), type_=ARRAY(Integer), unique=True))
 
 
 def _bindable(value: Any) -> Any:
@@ -1077,6 +1360,50 @@ def _shown_behaviors(names: set[str]) -> str:
     shown = sorted(names - set(single)) + single[:1]
     more = [f"and {len(single) - 1} more of single images"] if len(single) > 1 else []
     return ", ".join([*shown, *more]) or "none"
+
+
+def _faults(connection: Connection) -> list[str]:
+    """What is wrong with the store, one line each."""
+    faults = []
+    if connection.dialect.name == "sqlite":
+        found = [row[0] for row in connection.exec_driver_sql("PRAGMA integrity_check")]
+        faults += [f"SQLite's integrity check: {text}" for text in found if text != "ok"]
+        n_broken = len(connection.exec_driver_sql("PRAGMA foreign_key_check").all())
+        if n_broken:
+            faults.append(f"SQLite's foreign key check: {n_broken} rows belong to rows that are missing")
+    has_result = exists().where(behavior.c.evaluation_id == evaluation.c.id)
+    is_finished, is_running = evaluation.c.status == "finished", evaluation.c.status == "running"
+    is_claimed = and_(*(evaluation.c[name].is_not(None) for name in ("owner", "owner_token", "lease_expires")))
+    rules = {
+        "finished without behaviors": and_(is_finished, not_(has_result)),
+        "not finished, but with behaviors": and_(not_(is_finished), has_result),
+        "finished without a time": and_(is_finished, evaluation.c.finished.is_(None)),
+        "running without a claim": and_(is_running, not_(is_claimed)),
+        "pending with a claim": and_(evaluation.c.status == "pending", evaluation.c.owner_token.is_not(None)),
+        "failed without a reason": and_(evaluation.c.status == "failed", evaluation.c.error.is_(None)),
+    }
+    for what, rule in rules.items():
+        ids = connection.execute(select(evaluation.c.id).where(rule).order_by(evaluation.c.id)).scalars().all()
+        faults += _fault(ids, what)
+    values = connection.execute(select(behavior.c.evaluation_id, behavior.c.value)).all()
+    faults += _fault(sorted({row.evaluation_id for row in values if not math.isfinite(row.value)}), "not finite")
+    counted = select(contributor.c.study_id, func.count().label("n")).group_by(contributor.c.study_id)
+    n_contributors = {row.study_id: row.n for row in connection.execute(counted)}
+    wrong_size, wrong_identity = [], []
+    for row in connection.execute(select(evaluation).order_by(evaluation.c.id)):
+        spec = _spec(row)
+        if len(spec.coalition_mask) != n_contributors.get(row.study_id, 0):
+            wrong_size.append(row.id)
+        if spec.identity != row.identity:
+            wrong_identity.append(row.id)
+    faults += _fault(wrong_size, "with a coalition of another number of contributors than their study")
+    return faults + _fault(wrong_identity, "with an identity that is not that of their settings")
+
+
+def _fault(ids: Sequence[int], what: str) -> list[str]:
+    """A line on the evaluations with these numbers; none where there are none."""
+    some = ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
+    return [f"{len(ids)} evaluations {what}: {some}"] if ids else []
 
 
 def _mask_to_text(mask: CoalitionMask) -> str:

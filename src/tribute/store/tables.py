@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +34,17 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.engine import URL, Connection, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DisconnectionError, NoSuchModuleError
 
 from tribute.errors import StoreError
+from tribute.store.patience import FileGone, Patience
 
-SCHEMA_VERSION = 1
-BUSY_SECONDS = 30.0
-"""How long a SQLite connection waits for another writer."""
+SCHEMA_VERSION = 2
+BUSY_SECONDS = 5.0
+"""How long a SQLite connection waits for another writer by itself; `Patience` then tries again."""
 
 _WRITES = "tribute_writes"
-_CREATION_LOCK = 0x7472_6962  # any constant: PostgreSQL serialises the creation of the tables on it
+_SCHEMA_LOCK = 0x7472_6962  # any constant: PostgreSQL serialises the making and the migration of the tables on it
 _NETWORK_FILE_SYSTEMS = frozenset(
     ["nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "sshfs"]
 )
@@ -97,6 +97,7 @@ evaluation = Table(
     Column("owner", JSON(none_as_null=True)),  # the process that claimed it: host, boot, namespace, pid, start
     Column("owner_token", String(32)),
     Column("lease_expires", Double),
+    Column("heartbeat", Double),  # last sign of life of the claim; since schema 2
     Column("created", Double, nullable=False),
     Column("started", Double),
     Column("finished", Double),
@@ -105,6 +106,7 @@ evaluation = Table(
     UniqueConstraint("study_id", "identity"),
     CheckConstraint("status IN ('pending', 'running', 'finished', 'failed')"),
     Index("evaluation_by_status", "status", "priority", "id"),
+    Index("evaluation_to_claim", "study_id", "status", "priority", "id"),  # since schema 2
 )
 
 behavior = Table(
@@ -129,12 +131,15 @@ artifact = Table(
 )
 
 
-def open_database(location: str | Path, *, create: bool) -> Engine:
+def open_database(location: str | Path, *, create: bool, patience: Patience) -> Engine:
     """Open the database at `location`, with the tables of this version in it.
+
+    Tables of an older version are migrated, see `migrations`.
 
     Args:
         location: Path of a SQLite file, or an SQLAlchemy URL.
         create: Make the file, its folders and the tables where they are missing.
+        patience: With a database that is locked or does not answer.
 
     Raises:
         StoreError: The place cannot hold a store, or holds something else; the message says what to do.
@@ -149,15 +154,16 @@ def open_database(location: str | Path, *, create: bool) -> Engine:
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
         raise StoreError(
             f"A store needs a database whose driver is installed; {shown(url)} gave: {error}. "
-            "Install the driver, or give the path of a SQLite file."
+            "Install the driver (PostgreSQL: pip install 'tribute[postgresql]'), or give the path of a SQLite file."
         ) from error
     if is_sqlite:
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     try:
-        _prepare_schema(engine, create=create)
+        _prepare_schema(engine, create=create, patience=patience)
         if file is not None:
             _use_write_ahead_log(engine)
+            _watch_file(engine, file)
     except BaseException:
         engine.dispose()
         raise
@@ -167,27 +173,6 @@ def open_database(location: str | Path, *, create: bool) -> Engine:
 def writer(engine: Engine) -> Engine:
     """The same database for transactions that write: SQLite then locks at their start, not halfway."""
     return engine.execution_options(**{_WRITES: True})
-
-
-@contextmanager
-def database_errors(engine: Engine) -> Iterator[None]:
-    """Turn what the database driver raises into a `StoreError` that names the store and a remedy."""
-    try:
-        yield
-    except DBAPIError as error:
-        found = str(error.orig)
-        if "not a database" in found or "malformed" in found:
-            remedy = "Give another path, or restore the file from a backup or an export."
-        elif "locked" in found:
-            remedy = (
-                f"Another process kept it for more than {BUSY_SECONDS:.0f} s: run again, or use a PostgreSQL "
-                "URL for many writers."
-            )
-        elif "readonly" in found or "unable to open" in found:
-            remedy = "Give a place that this user may write to."
-        else:
-            remedy = "Check that the database is up, that it has space, and that its URL is right."
-        raise StoreError(f"The store {shown(engine.url)} does not answer: {found}. {remedy}") from error
 
 
 def shown(url: URL) -> str:
@@ -279,17 +264,57 @@ def _use_write_ahead_log(engine: Engine) -> None:
         connection.cursor().execute("PRAGMA journal_mode = WAL")
 
 
-def _prepare_schema(engine: Engine, *, create: bool) -> None:
-    """Create the tables in an empty database; refuse those of strangers and of newer versions."""
-    with database_errors(engine):
-        with engine.begin() as connection:
-            version = _stored_version(connection)
-        if version is None and create:
-            with writer(engine).begin() as connection:
-                version = _create_schema(connection)
+def _watch_file(engine: Engine, file: Path) -> None:
+    """From now on refuse to use a file that is gone or was replaced, instead of writing where nobody will read.
+
+    An open file outlives its name, and SQLite would make a missing one anew; a disk that is away for a moment must not
+    end in an empty store.
+    """
+
+    def identify() -> tuple[int, int]:
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise FileGone(f"the file is gone ({error.strerror})") from error
+        return status.st_dev, status.st_ino
+
+    def before_connecting(_dialect: Any, record: Any, _args: Any, _options: Any) -> None:
+        identify()
+
+    def connected(_connection: sqlite3.Connection, record: Any) -> None:
+        record.info["file"] = identify()
+
+    def checked_out(_connection: sqlite3.Connection, record: Any, _proxy: Any) -> None:
+        # A connection from before this watch, or to a file that another one has replaced, is closed and made anew.
+        if record.info.get("file") != identify():
+            raise DisconnectionError
+
+    event.listen(engine, "do_connect", before_connecting)
+    event.listen(engine, "connect", connected)
+    event.listen(engine, "checkout", checked_out)
+
+
+def _prepare_schema(engine: Engine, *, create: bool, patience: Patience) -> None:
+    """Create the tables in an empty database, migrate older ones; refuse those of strangers and of newer versions."""
     place = shown(engine.url)
+
+    def read_version(_number: int) -> int | None:
+        with engine.begin() as connection:
+            return stored_version(connection)
+
+    def make(_number: int) -> int:
+        with writer(engine).begin() as connection:
+            return _create_schema(connection)
+
+    version = patience.insist(read_version, place)
+    if version is None and create:
+        version = patience.insist(make, place)
     if version is None:
         raise StoreError(f"A store of Tribute was expected; {place} has none. Check the path or URL.")
+    if version < SCHEMA_VERSION:
+        from tribute.store.migrations import migrate
+
+        version = migrate(engine, patience)
     if version > SCHEMA_VERSION:
         raise StoreError(
             f"This version of Tribute reads stores of schema {SCHEMA_VERSION}; {place} has schema {version}, "
@@ -297,18 +322,23 @@ def _prepare_schema(engine: Engine, *, create: bool) -> None:
         )
 
 
-def _stored_version(connection: Connection) -> int | None:
+def stored_version(connection: Connection) -> int | None:
     """Schema version of the store; None where there is none."""
     if not inspect(connection).has_table(schema.name):
         return None
     return connection.execute(select(func.max(schema.c.version))).scalar_one_or_none()
 
 
+def lock_schema(connection: Connection) -> None:
+    """Wait until no other process makes or migrates the tables; SQLite's writers are alone anyway."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
+
+
 def _create_schema(connection: Connection) -> int:
     """Create all tables, unless another process was faster, and return the version."""
-    if connection.dialect.name == "postgresql":
-        connection.execute(select(func.pg_advisory_xact_lock(_CREATION_LOCK)))
-    version = _stored_version(connection)
+    lock_schema(connection)
+    version = stored_version(connection)
     if version is not None:
         return version
     strangers = sorted(inspect(connection).get_table_names())

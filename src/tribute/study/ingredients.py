@@ -56,7 +56,7 @@ def describe_model(checkpoint: Checkpoint, run_dir: Path) -> dict[str, Any]:
     The state of the optimizer is no part of it: it may be deleted once training has ended.
     """
     folder, root = checkpoint.path.resolve(), run_dir.resolve()
-    inside = folder.is_relative_to(root)
+    inside = folder.is_relative_to(root) and not is_foreign(checkpoint)
     files = {name: sha for name, sha in checkpoint.meta["files"].items() if not name.startswith("training_state")}
     described = {
         "path": folder.relative_to(root).as_posix() if inside else None,

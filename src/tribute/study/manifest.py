@@ -145,12 +145,7 @@ def read_manifest(run_dir: Path) -> Manifest | None:
                 f"{path} has format {version}, this version reads up to {FORMAT_VERSION}; upgrade Tribute "
                 "(pip install --upgrade tribute)"
             )
-        manifest = Manifest(values)
-        # Whoever reads a property later shall not meet a missing key.
-        for name in ("hash", "result_hash", "written", "version", "commit", "python", "versions", "devices"):
-            getattr(manifest, name)
-        for name in ("files", "models", "store", "seeds", "attributions", "lds", "result"):
-            dict(values[name])
+        _check_shape(values)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -158,7 +153,50 @@ def read_manifest(run_dir: Path) -> Manifest | None:
             f"{path} cannot be read as a manifest ({type(error).__name__}: {error}); expected the file that tribute "
             "run writes. Restore it, or run tribute run again, which writes it anew"
         ) from error
-    return manifest
+    return Manifest(values)
+
+
+def _check_shape(values: Any) -> None:
+    """Refuse what is no manifest, so that whoever uses one need not expect anything: it may have been tampered with.
+
+    Raises:
+        ValueError, KeyError, TypeError: Something is missing, is of another type, or leads out of the run folder.
+    """
+
+    def texts(found: Any) -> dict[str, str]:
+        if not isinstance(found, dict) or not all(isinstance(item, str) for item in found.values()):
+            raise TypeError("expected texts by name")
+        return found
+
+    def below(name: str) -> None:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name:
+            raise ValueError(f"{name!r} is not below the run folder")
+
+    texts({name: values[name] for name in ("hash", "result_hash", "written")})
+    environment = values["environment"]
+    texts({"tribute": environment["tribute"], "python": environment["python"], **texts(environment["versions"])})
+    texts({"commit": environment["commit"] or ""})
+    for found in values["measured_on"]:
+        found.get("device")
+    for name in texts(values["files"]):
+        below(name)
+    for model in values["models"].values():
+        texts({"model_hash": model["model_hash"], "path": model["path"] or "", **texts(model["files"])})
+        for name in (model["path"] or "", *model["files"]):
+            below(name)
+    texts({"digest": values["store"]["digest"], **texts(values["store"]["evaluations"])})
+    texts({"fingerprint": values["data"]["fingerprint"]})
+    _, _, _ = (int(n) for n in values["data"]["image_shape"])
+    for name in ("name", "dataset", "contributors", "n_examples", "n_planned", "n_finished"):
+        _ = values["study"][name]
+    for section in ("attributions", "lds"):
+        for kernels in values[section].values():
+            for fitted in kernels.values():
+                fitted.items()
+    for found in (values["seeds"], values["codec"] or {}, *values["extractors"].values()):
+        dict(found)
+    texts({name: values["result"][name] for name in ("data", "settings", "behaviors", "attributions", "lds")})
 
 
 def hash_of_manifest(values: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ from tribute.behaviors.base import (
 from tribute.behaviors.classifier import ClassifierExtractor, train_or_load_classifier
 from tribute.behaviors.extractors import CLASSIFIER, check_settings, load_extractor
 from tribute.behaviors.features import FeatureExtractor, Features, KnownFeatures, content_hash
-from tribute.behaviors.reference import Reference, fixed_rows
+from tribute.behaviors.reference import Reference, fixed_rows, is_reference_cached
 from tribute.config import FeatureConfig
 from tribute.data.tensors import TrainingData, gather
 from tribute.errors import TributeError
@@ -93,6 +93,18 @@ class Measurement:
                 images_sha256=images_sha256,
             )
         return self._references[name]
+
+    def references_cached(self) -> bool:
+        """Whether the features of the real images that behaviors compare with need not be extracted any more.
+
+        It loads the extractors, and trains the classifier where one is used that is not in the cache.
+        """
+        names = {extractor_of(item) for item in self.behaviors if item.uses_features and uses_reference(item)}
+        _, images_sha256 = self._real_images
+        folder = self.cache_dir / "references"
+        return all(
+            is_reference_cached(self.extractor(name), cache_dir=folder, images_sha256=images_sha256) for name in names
+        )
 
     @cached_property
     def _real_images(self) -> tuple[Images, str]:

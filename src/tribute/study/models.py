@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tribute.config import Preset, StudyConfig
+from tribute.config import Preset, StudyConfig, TrainConfig
 from tribute.diffusion.train import Progress
 from tribute.games.coalitions import grand_coalition
 from tribute.models.checkpoint import Checkpoint, load_checkpoint
+from tribute.study.budget import Budget
 from tribute.study.compatibility import check_same_data
 from tribute.study.layout import dataset_folder, models_dir, pruning_name
 from tribute.study.listener import Listener
@@ -18,14 +19,24 @@ from tribute.study.worker import Worker
 
 
 def train_and_prune(
-    config: StudyConfig, preset: Preset, worker: Worker, listener: Listener, loaded: Checkpoint | None
+    config: StudyConfig,
+    preset: Preset,
+    worker: Worker,
+    listener: Listener,
+    loaded: Checkpoint | None,
+    budget: Budget | None = None,
 ) -> tuple[Checkpoint, Checkpoint]:
-    """The full model, trained unless it was loaded, and the sparse model fine-tuned on everyone."""
+    """The full model, trained unless it was loaded, and the sparse model fine-tuned on everyone.
+
+    Raises:
+        StoppedEarly: The budget does not suffice; the models continue from what is saved.
+    """
     everyone = grand_coalition(worker.data.contributors.n_contributors)
 
-    def saving(method: str, *parts: str) -> Saving:
+    def saving(name: str, train: TrainConfig, method: str, *parts: str) -> Saving:
         freq = config.ckpt_freq or preset.ckpt_freq.get(method, 1000)
-        return Saving(models_dir(config.run_dir, dataset_folder(config.dataset), method, *parts), freq)
+        folder = models_dir(config.run_dir, dataset_folder(config.dataset), method, *parts)
+        return Saving(folder, freq, stop_early=None if budget is None else budget.model(name, train.n_steps))
 
     def report(title: str) -> Any:
         def on_log(at: Progress) -> None:
@@ -40,10 +51,11 @@ def train_and_prune(
         full = loaded
         listener.message(f"loaded from {config.full_model.load}")
     else:
+        settings = train_settings(preset, config.full_model, "retrain", config.opt_seed)
         full = train_model(
             worker,
-            train_settings(preset, config.full_model, "retrain", config.opt_seed),
-            saving("retrain", "full"),
+            settings,
+            saving("full", settings, "retrain", "full"),
             method="retrain",
             coalition_mask=everyone,
             on_log=report("training"),
@@ -57,10 +69,11 @@ def train_and_prune(
         f"{config.prune.pruner} pruning: parameters {parameters['before']:,} -> {parameters['after']:,}, "
         f"multiply-accumulates {macs['before']:,} -> {macs['after']:,}"
     )
+    settings = train_settings(preset, config.sparse_model, "prune_fine_tune", config.opt_seed)
     sparse = train_model(
         worker,
-        train_settings(preset, config.sparse_model, "prune_fine_tune", config.opt_seed),
-        saving("prune_fine_tune", pruning_name(config.prune), "full"),
+        settings,
+        saving("sparse", settings, "prune_fine_tune", pruning_name(config.prune), "full"),
         method="prune_fine_tune",
         coalition_mask=everyone,
         start=pruned,

@@ -15,8 +15,8 @@ _EXTRAS = ("bitsandbytes", "deepspeed")
 
 
 @cache
-def _environment() -> dict[str, Any]:
-    """Versions and commit; they do not change while a process runs."""
+def environment() -> dict[str, Any]:
+    """Versions and commit of this process, without importing a package for them; they do not change while it runs."""
     return {
         "tribute": importlib.metadata.version("tribute"),
         "commit": _commit(),
@@ -35,7 +35,7 @@ def provenance(device: str) -> dict[str, Any]:
     """Versions, commit, processor and threads, as plain JSON values."""
     import torch
 
-    return {**_environment(), "device": _device_name(device), "n_threads": torch.get_num_threads()}
+    return {**environment(), "device": _device_name(device), "n_threads": torch.get_num_threads()}
 
 
 def _commit() -> str | None:

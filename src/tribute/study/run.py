@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tribute.config import StudyConfig
+from tribute.errors import FitError, StoppedEarly
 from tribute.games.stopping import looks, narrow_enough, share_half_width
 from tribute.models.checkpoint import Checkpoint
 from tribute.models.pipelines import is_foreign, load_model
 from tribute.store.records import EvaluationSpec, Store
 from tribute.study.attribution import fit_attributions
+from tribute.study.budget import Budget
 from tribute.study.compatibility import check_not_pruned, check_trained_on_everybody
-from tribute.study.costs import ModelCosts, model_costs
+from tribute.study.costs import ModelCosts, model_costs, read_costs
 from tribute.study.evaluations import plan_evaluations
-from tribute.study.executors import Executor, SerialExecutor
+from tribute.study.executors import Executor, SerialExecutor, always
 from tribute.study.ingredients import gather_ingredients
 from tribute.study.listener import Listener
 from tribute.study.manifest import read_and_attest
@@ -32,16 +34,21 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult | None:
     """Run all stages of a study, or what is left of them.
 
     Returns:
-        None on the processes of `accelerate launch` that only help the main one to train and sample.
+        None on the processes of `accelerate launch` that only help the main one to train and sample, and where
+        `max_device_hours` did not suffice for anything to be fitted; the listener was told.
 
     Raises:
         MixedResultsError: The run folder or the store holds a study with other settings.
         ConfigError: This machine cannot do what the settings ask for.
     """
-    prepared = prepare_study(config, listener)
+    try:
+        prepared = prepare_study(config, listener)
+    except StoppedEarly as stopped:
+        listener.message(str(stopped))
+        return None
     if prepared is None:
         return None
-    session, record, specs = prepared.session, prepared.record, prepared.specs
+    session, record, specs, budget = prepared.session, prepared.record, prepared.specs, prepared.budget
     executor = make_executor(prepared)
     with Store.open(config.db_url) as store:
         study_id = open_study(store, config, record)
@@ -49,31 +56,47 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult | None:
 
         def measure(specs: list[EvaluationSpec]) -> list[int]:
             evaluation_ids = store.add(study_id, specs)
-            work_through(executor, store, study_id, evaluation_ids, record.behaviors, listener)
+            go_on = go_on_within(budget, store, study_id, evaluation_ids)
+            work_through(executor, store, study_id, evaluation_ids, record.behaviors, listener, go_on=go_on)
+            if budget is not None and budget.stopped:
+                raise StoppedEarly(budget.message(read_costs(config, record, store)))
             return evaluation_ids
 
-        if config.fit.until_interval is not None:
+        def credit(evaluation_ids: list[int], behavior_name: str) -> Attributions:
+            fit, end_points = read_fit_evaluations(store, study_id, evaluation_ids, behavior_name)
+            return fit_attributions(
+                fit.masks,
+                fit.behaviors,
+                end_points,
+                design=config.fit.design_name,
+                estimator=config.estimator,
+                contributor_names=record.contributor_names,
+            )
 
-            def credit(evaluation_ids: list[int], behavior_name: str) -> Attributions:
-                fit, end_points = read_fit_evaluations(store, study_id, evaluation_ids, behavior_name)
-                return fit_attributions(
-                    fit.masks,
-                    fit.behaviors,
-                    end_points,
-                    design=config.fit.design_name,
-                    estimator=config.estimator,
-                    contributor_names=record.contributor_names,
+        stopped: StoppedEarly | None = None
+        try:
+            if config.fit.until_interval is not None:
+                specs = measure_until_narrow(
+                    config.fit.until_interval, specs, record.behaviors, measure, credit, listener
                 )
-
-            specs = measure_until_narrow(config.fit.until_interval, specs, record.behaviors, measure, credit, listener)
-            record = replace(record, evaluations=by_role(specs))
-            record.write(config.run_dir)
-        measure(specs)
+                record = replace(record, evaluations=by_role(specs))
+                record.write(config.run_dir)
+            measure(specs)
+        except StoppedEarly as error:
+            stopped = error
         executor.close()
         session.team.dismiss()
         listener.stage("Attributions and LDS")
         ingredients = gather_ingredients(config, session, prepared.full, prepared.sparse)
-        return read_and_attest(config, record, store, ingredients)
+        if stopped is not None:
+            listener.message(str(stopped))
+        try:
+            return read_and_attest(config, record, store, ingredients)
+        except FitError as error:
+            if stopped is None:
+                raise
+            listener.message(f"nothing can be fitted yet: {error}")
+            return None
 
 
 @dataclass(frozen=True)
@@ -86,6 +109,7 @@ class PreparedStudy:
         sparse: Pruned and fine-tuned on everybody.
         specs: All evaluations that the study asks for, in the order of their worth.
         record: What is known before the first of them, as written into the run folder.
+        budget: Of `max_device_hours`; None without one.
     """
 
     session: StudySession
@@ -93,6 +117,7 @@ class PreparedStudy:
     sparse: Checkpoint
     specs: list[EvaluationSpec]
     record: StudyRecord
+    budget: Budget | None = None
 
 
 def prepare_study(config: StudyConfig, listener: Listener) -> PreparedStudy | None:
@@ -104,6 +129,7 @@ def prepare_study(config: StudyConfig, listener: Listener) -> PreparedStudy | No
     Raises:
         MixedResultsError: The run folder holds a study with other settings.
         ConfigError: This machine cannot do what the settings ask for.
+        StoppedEarly: `max_device_hours` does not suffice for the models; the message says how to go on.
     """
     loaded = None if config.full_model.load is None else load_model(config.full_model.load)
     if loaded is not None:
@@ -127,7 +153,11 @@ def prepare_study(config: StudyConfig, listener: Listener) -> PreparedStudy | No
         worker.behavior_definitions()  # loads every extractor: what is missing is found before hours of training
         if worker.classifier_accuracy is not None:
             listener.message(f"classifier: held-out accuracy {worker.classifier_accuracy:.1%}")
-    full, sparse = train_and_prune(config, preset, worker, listener, loaded)
+    budget = None if config.max_device_hours is None else Budget(config, n_processes=worker.trainer.processes.n)
+    try:
+        full, sparse = train_and_prune(config, preset, worker, listener, loaded, budget)
+    except StoppedEarly as stopped:
+        raise StoppedEarly(str(stopped) if budget is None else budget.message()) from stopped
     session.use_models(full, sparse)
     if not leads:
         session.team.follow()
@@ -149,7 +179,18 @@ def prepare_study(config: StudyConfig, listener: Listener) -> PreparedStudy | No
         provenance=worker.provenance(),
     )
     record.write(config.run_dir)
-    return PreparedStudy(session, full, sparse, specs, record)
+    if budget is not None:
+        budget.refresh()
+    return PreparedStudy(session, full, sparse, specs, record, budget)
+
+
+def go_on_within(
+    budget: Budget | None, store: Store, study_id: int, evaluation_ids: Sequence[int]
+) -> Callable[[], bool]:
+    """What an executor asks before each of some evaluations: whether the budget allows it."""
+    if budget is None:
+        return always
+    return lambda: budget.allows_next(store, study_id, evaluation_ids)
 
 
 def _full_model_record(full: Checkpoint, *, loaded: bool) -> dict[str, Any]:

@@ -33,11 +33,13 @@ class Saving:
         folder: Parent of the `ckpt_steps_*` folders.
         ckpt_freq: Steps between checkpoints.
         keep_all: Keep every checkpoint, not only the last.
+        stop_early: As `CheckpointPolicy.stop_early`.
     """
 
     folder: Path
     ckpt_freq: int
     keep_all: bool = False
+    stop_early: Callable[[int, float], bool] | None = None
 
 
 def encode_training_set(
@@ -144,6 +146,7 @@ def checkpoint_policy(
         ckpt_freq=saving.ckpt_freq,
         keep_all=saving.keep_all,
         pruning=None if start is None else start.pruning,
+        stop_early=saving.stop_early,
     )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from tribute.store.records import ClaimedEvaluation, Store
-from tribute.study.executors import Executor
+from tribute.study.executors import Executor, always
 from tribute.study.listener import Listener
 from tribute.study.value_function import Evaluation
 
@@ -27,6 +27,8 @@ def work_through(
     evaluation_ids: Sequence[int],
     behavior_names: Sequence[str],
     listener: Listener,
+    *,
+    go_on: Callable[[], bool] = always,
 ) -> None:
     """Measure every evaluation that is still to be measured; those that failed before are tried again.
 
@@ -37,6 +39,7 @@ def work_through(
         evaluation_ids: Their numbers.
         behavior_names: Those that are shown as they come.
         listener: Is told of every one.
+        go_on: Asked before each one is begun; False leaves the rest for another time.
     """
     store.retry(study_id, evaluation_ids=evaluation_ids)
     n_total = len(evaluation_ids)
@@ -62,7 +65,7 @@ def work_through(
         text = f"{title}: {values}; about {duration(left)} left"
         listener.progress("coalitions", n_total - sum(remaining.values()), n_total, text)
 
-    executor.run(store, study_id, evaluation_ids=evaluation_ids, on_done=on_done)
+    executor.run(store, study_id, evaluation_ids=evaluation_ids, on_done=on_done, go_on=go_on)
     failed = store.find(study_id, statuses=("failed",), evaluation_ids=evaluation_ids)
     if failed:
         listener.message(f"{len(failed)} evaluations failed, e.g. {failed[0].error}")
