@@ -967,7 +967,7 @@ class Store:
         """What the evaluations that match have taken, by number; far less is read than by `find`."""
         names = ("id", "role", "method", "coalition", "priority", "status", "attempts", "started", "finished")
         columns = [evaluation.c[name] for name in (*names, "seconds", "provenance")]
-        query = select(*columns).where(*_where(study_id, filters)).order_by(evaluation.c.id)
+        query = select(*columns).where(*self._where(study_id, filters)).order_by(evaluation.c.id)
         with self._read() as connection:
             rows = connection.execute(query).all()
         return [
