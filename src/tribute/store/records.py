@@ -968,8 +968,7 @@ class Store:
         names = ("id", "role", "method", "coalition", "priority", "status", "attempts", "started", "finished")
         columns = [evaluation.c[name] for name in (*names, "seconds", "provenance")]
         query = select(*columns).where(*self._where(study_id, filters)).order_by(evaluation.c.id)
-        with self._read() as connection:
-            rows = connection.execute(query).all()
+        rows = self._read(lambda connection: connection.execute(query).all())
         return [
             Effort(
                 evaluation_id=row.id,
