@@ -154,7 +154,7 @@ class WhiskerAxis:
 
 
 def whiskers(
-    values: Array, intervals: Array, direction: int, width: float = 190.0
+    values: Array, intervals: Array, direction: int, width: float = 170.0
 ) -> tuple[WhiskerAxis, list[Whisker]]:
     """The whiskers of the ranked table, by contributor, and their axis.
 
@@ -178,7 +178,7 @@ def whiskers(
                 "good" if value * direction >= 0 else "bad",
             )
         )
-    ticks = [(axis(value), text) for value, text in axis.ticks(3)]
+    ticks = [(axis(value), text) for value, text in axis.ticks(4)]
     return WhiskerAxis(_number(width), tuple((_number(x), text) for x, text in ticks if 12 <= x <= width - 12)), rows
 
 
@@ -430,7 +430,7 @@ def _round_step(step: float) -> tuple[float, int]:
 
 def _rank_ticks(n: int) -> list[int]:
     step = max(1, int(_round_step(n / 5)[0]))
-    return sorted({1, n, *(value for value in range(step, n, step) if 1 + step / 2 <= value <= n - step / 2)})
+    return sorted({1, n, *(value for value in range(step, n, step) if 1 + 0.75 * step <= value <= n - 0.75 * step)})
 
 
 def _rank_words(ranks: npt.NDArray[np.int64]) -> str:

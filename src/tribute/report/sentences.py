@@ -158,7 +158,7 @@ def answer(about: Measured) -> Sentence:
     interval = [
         term("95\u00a0% interval", "interval"),
         Segment(" "),
-        number(between(*bounds, about.decimals), "interval"),
+        number(between(bounds, about.decimals), "interval"),
         Segment(unit),
     ]
     if math.isnan(low):
