@@ -64,19 +64,20 @@ def _dispatch(command: str, arguments: list[str], prog: str) -> None:
     """Run a command and turn what a user can repair into one clear line."""
     import importlib
 
-    from tribute.cli.console import setup_logging
+    from tribute.cli import signals
     from tribute.errors import TributeError, printable
 
-    module = importlib.import_module(f"tribute.cli.{command}_command")
-    setup_logging()
     try:
-        module.run(arguments, prog)
+        with signals.stop_on_signals():
+            module = importlib.import_module(f"tribute.cli.{command}_command")
+            importlib.import_module("tribute.cli.console").setup_logging()
+            module.run(arguments, prog)
     except TributeError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to continue where it stopped", file=sys.stderr)
-        sys.exit(130)
+        print(f"\n{signals.MESSAGE}", file=sys.stderr)
+        sys.exit(signals.EXIT_CODE)
     except BrokenPipeError:  # e.g. `tribute lds ... | head`
         sys.stderr.close()
         sys.exit(141)

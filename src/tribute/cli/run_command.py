@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from pydantic import Field
@@ -35,6 +35,17 @@ class RunArguments(RuntimeArguments):
     )
     mixed_precision: MixedPrecision | None = Field(default=None, description="Of all training; None: the study's.")
     use_8bit_optimizer: bool = Field(default=False, description="As use_8bit_optimizer: true in the study.")
+    executor: Literal["serial", "ray"] | None = Field(
+        default=None, description="serial: this process measures; ray: workers do; None: the study's execution."
+    )
+    workers: int | None = Field(default=None, gt=0, description="ray: warm workers; None: the study's.")
+    gpus_per_worker: float | None = Field(
+        default=None, ge=0, description="ray: share of a GPU that each worker takes, e.g. 0.25; None: the study's."
+    )
+    address: str | None = Field(
+        default=None, description="ray: a cluster, e.g. auto, HOST:6379 or ray://HOST:10001; None: the study's."
+    )
+    wait: bool = Field(default=False, description="Wait for another run of the study instead of refusing.")
     dry_run: bool = Field(default=False, description="Print the resolved settings and stop.")
 
 
@@ -48,12 +59,15 @@ def run(argv: Sequence[str], prog: str) -> None:
         "runtime": arguments.runtime(config.runtime),
     }
     config = config.replace(**{name: value for name, value in changes.items() if value is not None})
+    execution = {name: getattr(arguments, name) for name in ("executor", "workers", "gpus_per_worker", "address")}
+    execution = {name: value for name, value in execution.items() if value is not None}
+    config = config.replace(execution=config.execution.replace(**execution))
     if arguments.until_interval is not None:
         config = config.replace(fit=config.fit.replace(until_interval=arguments.until_interval))
     if arguments.dry_run:
         print_dry_run(config)
         return
-    result = run_study(config, StudyReport())
+    result = run_study(config, StudyReport(), wait=arguments.wait)
     if result is None:  # a process of `accelerate launch` that only helps
         return
     for item in result.behaviors:

@@ -461,6 +461,11 @@ class Store:
         """The path of the file, or the URL without its password."""
         return tables.shown(self._engine.url)
 
+    @property
+    def serves_many_hosts(self) -> bool:
+        """Whether it is a server's database, which processes on several hosts may share; SQLite is not."""
+        return self._engine.url.get_backend_name() != "sqlite"
+
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,21 +18,26 @@ from tribute.study.budget import Budget
 from tribute.study.compatibility import check_not_pruned, check_trained_on_everybody
 from tribute.study.costs import ModelCosts, model_costs, read_costs
 from tribute.study.evaluations import plan_evaluations
-from tribute.study.executors import Executor, SerialExecutor, always
+from tribute.study.executors import Executor, SerialExecutor, always, check_execution
 from tribute.study.ingredients import gather_ingredients
 from tribute.study.listener import Listener
 from tribute.study.manifest import read_and_attest
 from tribute.study.models import load_pruned_summary, train_and_prune
 from tribute.study.record import StudyRecord, by_role
 from tribute.study.results import StudyResult, read_fit_evaluations
-from tribute.study.run_folder import claim_run_dir
+from tribute.study.run_folder import RunLock, claim_run_dir
 from tribute.study.session import StudySession, check_settings, study_preset
 from tribute.study.work import work_through
 from tribute.types import Attributions
 
 
-def run_study(config: StudyConfig, listener: Listener) -> StudyResult | None:
+def run_study(config: StudyConfig, listener: Listener, *, wait: bool = False) -> StudyResult | None:
     """Run all stages of a study, or what is left of them.
+
+    Args:
+        config: The study.
+        listener: Is told how far it is.
+        wait: Wait for another process that writes into the run folder, instead of refusing.
 
     Returns:
         None on the processes of `accelerate launch` that only help the main one to train and sample, and where
@@ -40,63 +46,81 @@ def run_study(config: StudyConfig, listener: Listener) -> StudyResult | None:
     Raises:
         MixedResultsError: The run folder or the store holds a study with other settings.
         ConfigError: This machine cannot do what the settings ask for.
+        StoreError: Another process writes into the run folder.
     """
-    try:
-        prepared = prepare_study(config, listener)
-    except StoppedEarly as stopped:
-        listener.message(str(stopped))
-        return None
-    if prepared is None:
-        return None
-    session, record, specs, budget = prepared.session, prepared.record, prepared.specs, prepared.budget
-    executor = make_executor(prepared)
-    with Store.open(config.db_url) as store:
-        study_id = open_study(store, config, record)
-        listener.stage("Coalitions")
-
-        def measure(specs: list[EvaluationSpec]) -> list[int]:
-            evaluation_ids = store.add(study_id, specs)
-            go_on = go_on_within(budget, store, study_id, evaluation_ids)
-            work_through(executor, store, study_id, evaluation_ids, record.behaviors, listener, go_on=go_on)
-            if budget is not None and budget.stopped:
-                raise StoppedEarly(budget.message(read_costs(config, record, store)))
-            return evaluation_ids
-
-        def credit(evaluation_ids: list[int], behavior_name: str) -> Attributions:
-            fit, end_points = read_fit_evaluations(store, study_id, evaluation_ids, behavior_name)
-            return fit_attributions(
-                fit.masks,
-                fit.behaviors,
-                end_points,
-                design=config.fit.design_name,
-                estimator=config.estimator,
-                contributor_names=record.contributor_names,
-            )
-
-        stopped: StoppedEarly | None = None
+    check_execution(config.execution)
+    with RunLock(config.run_dir, wait=wait, on_wait=listener.message) as lock:
         try:
-            if config.fit.until_interval is not None:
-                specs = measure_until_narrow(
-                    config.fit.until_interval, specs, record.behaviors, measure, credit, listener
-                )
-                record = replace(record, evaluations=by_role(specs))
-                record.write(config.run_dir)
-            measure(specs)
-        except StoppedEarly as error:
-            stopped = error
-        executor.close()
-        session.team.dismiss()
-        listener.stage("Attributions and LDS")
-        ingredients = gather_ingredients(config, session, prepared.full, prepared.sparse)
-        if stopped is not None:
+            prepared = prepare_study(config, listener, lock)
+        except StoppedEarly as stopped:
             listener.message(str(stopped))
-        try:
-            return read_and_attest(config, record, store, ingredients)
-        except FitError as error:
-            if stopped is None:
-                raise
-            listener.message(f"nothing can be fitted yet: {error}")
             return None
+        if prepared is None:
+            return None
+        with Store.open(config.db_url) as store:
+            if store.serves_many_hosts:
+                lock.release()  # claims keep several processes apart; each helps the others
+            stopped = _measure(config, prepared, store, listener)
+            return _fit(config, prepared, store, listener, stopped)
+
+
+def _measure(config: StudyConfig, prepared: PreparedStudy, store: Store, listener: Listener) -> StoppedEarly | None:
+    """Measure the coalitions; returns why it ended before all were measured, where it did."""
+    record, specs, budget = prepared.record, prepared.specs, prepared.budget
+    study_id = open_study(store, config, record)
+    listener.stage("Coalitions")
+    executor = make_executor(prepared, listener)
+    tried_again: set[int] = set()
+
+    def measure(specs: list[EvaluationSpec]) -> list[int]:
+        evaluation_ids = store.add(study_id, specs)
+        store.retry(study_id, evaluation_ids=[i for i in evaluation_ids if i not in tried_again])
+        tried_again.update(evaluation_ids)  # once in a run: what fails in it is set aside
+        go_on = go_on_within(budget, store, study_id, evaluation_ids)
+        work_through(executor, store, study_id, evaluation_ids, record.behaviors, listener, go_on=go_on)
+        if budget is not None and budget.stopped:
+            raise StoppedEarly(budget.message(read_costs(config, record, store)))
+        return evaluation_ids
+
+    def credit(evaluation_ids: list[int], behavior_name: str) -> Attributions:
+        fit, end_points = read_fit_evaluations(store, study_id, evaluation_ids, behavior_name)
+        return fit_attributions(
+            fit.masks,
+            fit.behaviors,
+            end_points,
+            design=config.fit.design_name,
+            estimator=config.estimator,
+            contributor_names=record.contributor_names,
+        )
+
+    try:
+        if config.fit.until_interval is not None:
+            specs = measure_until_narrow(config.fit.until_interval, specs, record.behaviors, measure, credit, listener)
+            replace(record, evaluations=by_role(specs)).write(config.run_dir)
+        measure(specs)
+    except StoppedEarly as stopped:
+        return stopped
+    finally:
+        executor.close()
+    prepared.session.team.dismiss()
+    return None
+
+
+def _fit(
+    config: StudyConfig, prepared: PreparedStudy, store: Store, listener: Listener, stopped: StoppedEarly | None
+) -> StudyResult | None:
+    """Attributions and LDS of what was measured, with the manifest."""
+    listener.stage("Attributions and LDS")
+    if stopped is not None:
+        listener.message(str(stopped))
+    ingredients = gather_ingredients(config, prepared.session, prepared.full, prepared.sparse)
+    try:
+        return read_and_attest(config, StudyRecord.read(config), store, ingredients)
+    except FitError as error:
+        if stopped is None:
+            raise
+        listener.message(f"nothing can be fitted yet: {error}")
+        return None
 
 
 @dataclass(frozen=True)
@@ -120,8 +144,13 @@ class PreparedStudy:
     budget: Budget | None = None
 
 
-def prepare_study(config: StudyConfig, listener: Listener) -> PreparedStudy | None:
+def prepare_study(config: StudyConfig, listener: Listener, lock: RunLock | None = None) -> PreparedStudy | None:
     """Everything before the first coalition: data, full model, sparse model, plan; what is there is not made again.
+
+    Args:
+        config: The study.
+        listener: Is told how far it is.
+        lock: Taken before anything is written into the run folder.
 
     Returns:
         None on the processes of `accelerate launch` that only help the main one, once it dismisses them.
@@ -130,7 +159,10 @@ def prepare_study(config: StudyConfig, listener: Listener) -> PreparedStudy | No
         MixedResultsError: The run folder holds a study with other settings.
         ConfigError: This machine cannot do what the settings ask for.
         StoppedEarly: `max_device_hours` does not suffice for the models; the message says how to go on.
+        StoreError: Another process has the lock.
     """
+    if lock is not None and config.run_dir.exists() and os.environ.get("RANK", "0") == "0":
+        lock.acquire()  # a second run is told at once, not after it has read the data
     loaded = None if config.full_model.load is None else load_model(config.full_model.load)
     if loaded is not None:
         check_not_pruned(loaded, setting="full_model.load")
@@ -146,6 +178,8 @@ def prepare_study(config: StudyConfig, listener: Listener) -> PreparedStudy | No
     worker = session.worker
     leads = worker.trainer.processes.is_main
     if leads:
+        if lock is not None:
+            lock.acquire()
         claim_run_dir(config)  # only now: what is wrong in the settings must not be kept as the study's
     table = worker.data.contributors
     listener.message(f"{worker.data.n_examples:,} images of {table.n_contributors} contributors")
@@ -199,11 +233,14 @@ def _full_model_record(full: Checkpoint, *, loaded: bool) -> dict[str, Any]:
     return {**costs.as_record(), **({"origin": full.meta["origin"]} if is_foreign(full) else {})}
 
 
-def make_executor(prepared: PreparedStudy) -> Executor:
-    """What measures the coalitions of a study."""
+def make_executor(prepared: PreparedStudy, listener: Listener) -> Executor:
+    """What measures the coalitions of a study, as `execution` says; to be closed."""
     worker = prepared.session.worker
     return SerialExecutor(
-        prepared.session.measure, definitions=worker.behavior_definitions(), provenance=worker.provenance()
+        prepared.session.measure,
+        definitions=worker.behavior_definitions(),
+        provenance=worker.provenance(),
+        stall_seconds=prepared.session.config.execution.stall_seconds,
     )
 
 

@@ -1,12 +1,27 @@
-"""The run folder of a study: its settings, which must stay what they are."""
+"""The run folder of a study: its settings, which must stay what they are, and the process that writes into it."""
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from tribute.config import StudyConfig
 from tribute.errors import MixedResultsError, StoreError
 from tribute.files import write_whole
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = "run.lock"
+OWNER_NAME = "run.owner.json"
 
 _MAY_CHANGE = {
     "outdir",
@@ -55,7 +70,84 @@ def claim_run_dir(config: StudyConfig) -> None:
     try:
         write_whole(path, config.to_yaml())
     except OSError as error:
-        raise StoreError(f"the run folder {config.run_dir} is not writable ({error}); set another outdir") from error
+        raise _not_writable(config.run_dir, error) from error
+
+
+class RunLock:
+    """Lets one process at a time write into a run folder; a context manager that is entered without the lock.
+
+    The operating system lets go of the lock when its process ends, however it ends.
+
+    Args:
+        run_dir: The run folder; made when the lock is taken.
+        wait: Wait for another process instead of refusing.
+        on_wait: Called once, with what is waited for.
+    """
+
+    def __init__(self, run_dir: Path, *, wait: bool = False, on_wait: Callable[[str], None] | None = None) -> None:
+        self.run_dir = run_dir
+        self.wait = wait
+        self.on_wait = on_wait
+        self._lock: FileLock | None = None
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Take the lock; nothing happens when this object has it already.
+
+        Raises:
+            StoreError: Another process has it and `wait` is False, or the folder is not writable.
+        """
+        if self._lock is not None:
+            return
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.run_dir / LOCK_NAME)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                holder = f"{self.run_dir} is in use by {self.owner()}"
+                if not self.wait:
+                    raise StoreError(
+                        f"{holder}, and one process at a time may write into a run folder. Wait until it has ended, "
+                        "or give --wait; to share the measuring among processes, use workers (docs/clusters.md)"
+                    ) from None
+                if self.on_wait is not None:
+                    self.on_wait(f"{holder}; waiting until it lets go")
+                lock.acquire(poll_interval=0.5)
+            self._lock = lock
+            owner = {"host": platform.node(), "pid": os.getpid(), "since": datetime.now(UTC).isoformat()}
+            write_whole(self.run_dir / OWNER_NAME, json.dumps(owner))
+        except NotImplementedError:
+            logger.warning("%s is on a file system without locks; do not run a study there twice at once", self.run_dir)
+        except OSError as error:
+            self.release()
+            raise _not_writable(self.run_dir, error) from error
+
+    def release(self) -> None:
+        """Let go of the lock, where this object has it."""
+        if self._lock is not None:
+            (self.run_dir / OWNER_NAME).unlink(missing_ok=True)
+            self._lock.release()
+            self._lock = None
+
+    def owner(self) -> str:
+        """Who has, or had last, the lock, in words."""
+        try:
+            found = json.loads((self.run_dir / OWNER_NAME).read_text())
+            return f"process {found['pid']} on {found['host']} since {found['since'][:19]} UTC"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another process"
+
+
+def _not_writable(run_dir: Path, error: OSError) -> StoreError:
+    return StoreError(f"the run folder {run_dir} is not writable ({error}); set another outdir")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

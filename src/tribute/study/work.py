@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from tribute import pulse
 from tribute.store.records import ClaimedEvaluation, Store
 from tribute.study.executors import Executor, always
 from tribute.study.listener import Listener
@@ -20,6 +22,15 @@ ROLE_TITLES = {
 }
 
 
+SECONDS_BETWEEN_LOOKS = 5.0
+
+
+def pause() -> None:
+    """Let other processes work for a while."""
+    pulse.beat()
+    time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
 def work_through(
     executor: Executor,
     store: Store,
@@ -29,19 +40,20 @@ def work_through(
     listener: Listener,
     *,
     go_on: Callable[[], bool] = always,
+    pause: Callable[[], None] = pause,
 ) -> None:
-    """Measure every evaluation that is still to be measured; those that failed before are tried again.
+    """Measure every evaluation that is still to be measured, and wait for those that other processes have in hand.
 
     Args:
         executor: Measures.
-        store: Holds them.
+        store: Holds them; those that failed stay failed, unless `Store.retry` brought them back.
         study_id: Their study.
         evaluation_ids: Their numbers.
         behavior_names: Those that are shown as they come.
         listener: Is told of every one.
         go_on: Asked before each one is begun; False leaves the rest for another time.
+        pause: Called between two looks at what other processes have in hand.
     """
-    store.retry(study_id, evaluation_ids=evaluation_ids)
     n_total = len(evaluation_ids)
     n_before = store.counts(study_id, evaluation_ids=evaluation_ids)["finished"]
     if n_before:
@@ -54,21 +66,32 @@ def work_through(
 
     def on_done(claimed: ClaimedEvaluation, evaluation: Evaluation) -> None:
         method = claimed.spec.method
-        remaining[method] -= 1
+        remaining[method] = max(remaining.get(method, 0) - 1, 0)
         if claimed.spec.coalition_mask.any():
-            spent[method].append(sum(evaluation.seconds.values()))
+            spent.setdefault(method, []).append(sum(evaluation.seconds.values()))
         rates = {name: float(np.mean(values)) if values else 0.0 for name, values in spent.items()}
-        fallback = max(rates.values())
-        left = sum(count * (rates[name] or fallback) for name, count in remaining.items())
+        fallback = max(rates.values(), default=0.0)
+        left = sum(count * (rates.get(name) or fallback) for name, count in remaining.items())
         values = ", ".join(f"{name} {evaluation.behaviors[name]:.3f}" for name in behavior_names)
         title = ROLE_TITLES.get(claimed.spec.role or "fit", claimed.spec.role)
         text = f"{title}: {values}; about {duration(left)} left"
         listener.progress("coalitions", n_total - sum(remaining.values()), n_total, text)
 
-    executor.run(store, study_id, evaluation_ids=evaluation_ids, on_done=on_done, go_on=go_on)
+    said = False
+    while True:
+        executor.run(store, study_id, evaluation_ids=evaluation_ids, on_done=on_done, go_on=go_on)
+        counts = store.counts(study_id, evaluation_ids=evaluation_ids)
+        if not go_on() or counts["running"] + counts["pending"] == 0:
+            break
+        if not said:
+            listener.message(f"waiting for {counts['running']} evaluations that other processes have in hand")
+            said = True
+        pause()
     failed = store.find(study_id, statuses=("failed",), evaluation_ids=evaluation_ids)
     if failed:
-        listener.message(f"{len(failed)} evaluations failed, e.g. {failed[0].error}")
+        listener.message(
+            f"{len(failed)} evaluations failed and are set aside, e.g. {failed[0].error}; run again to try them again"
+        )
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,114 @@
+"""What tests of execution share: behaviors that count, wait and fail on request, and evaluations that cost nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tribute.config import StudyConfig
+from tribute.seeding import numpy_stream
+from tribute.store.records import EvaluationSpec, Store
+
+N_CONTRIBUTORS = 5
+
+BEHAVIOR_MODULE = '''
+import os
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
+def count():
+    """One more measurement, of all processes; how many there were."""
+    with (FOLDER / "calls").open("ab") as file:
+        file.write(b".")
+        return file.tell()
+
+
+def brightness(images):
+    count()
+    return float(images.mean())
+
+
+def contrast(images):
+    return float(images.std(axis=(1, 2, 3)).mean())
+
+
+def held(images):
+    """Waits for a line of standard input in the call whose number the file `hold_at` has."""
+    n = count()
+    at = FOLDER / "hold_at"
+    if at.exists() and n == int(at.read_text()):
+        at.unlink()
+        os.write(1, b"\\nHELD\\n")
+        sys.stdin.readline()
+    return float(images.mean())
+'''
+
+
+def n_calls(folder: Path) -> int:
+    """How often a behavior was measured in the workshop."""
+    file = folder / "calls"
+    return file.stat().st_size if file.exists() else 0
+
+
+def start_run(config: StudyConfig, folder: Path, *flags: str) -> subprocess.Popen[str]:
+    """`tribute run` in a process of its own."""
+    path = folder / "study.yaml"
+    path.write_text(config.to_yaml())
+    return subprocess.Popen(
+        [sys.executable, "-c", "from tribute.cli import main; main()", "run", str(path), *flags],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_until_held(process: subprocess.Popen[str]) -> None:
+    """Until a behavior of that process waits."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line == "HELD\n":
+            return
+    raise AssertionError(f"it ended: {''.join(lines)} {process.communicate()[1]}")
+
+
+def values_of(config: StudyConfig) -> list[tuple[float, ...]]:
+    """Behaviors of every finished evaluation, in an order of their own, without the name of the study."""
+    with Store.open(config.db_url, create=False) as store:
+        found = store.find(statuses=("finished",))
+    return sorted(tuple(item.behaviors.values()) for item in found)
+
+
+def make_specs(n: int) -> list[EvaluationSpec]:
+    """Evaluations whose priority falls as their seed grows."""
+    return [
+        EvaluationSpec(
+            exp_name="e1",
+            dataset="digits",
+            method="gd",
+            removal_dist="shapley",
+            datamodel_alpha=None,
+            removal_seed=seed,
+            coalition_mask=numpy_stream(0, "test-mask", seed).random(N_CONTRIBUTORS) < 0.5,
+            opt_seed=0,
+            settings={"gd_steps": 1},
+            role="fit",
+            priority=n - seed,
+        )
+        for seed in range(n)
+    ]
+
+
+def open_study(store: Store) -> int:
+    return store.open_study(
+        "main", dataset="digits", contributor_names=list("abcde"), n_examples=[1] * N_CONTRIBUTORS, fingerprint="f"
+    )
