@@ -16,9 +16,9 @@ from typing import Any
 from tribute.config import StudyConfig
 from tribute.errors import ConfigError, FitError
 from tribute.report.behavior_page import BehaviorPage, behavior_page, page_without_credit
-from tribute.report.glossary import Term, glossary
+from tribute.report.glossary import GLOSSARY, Term, glossary
 from tribute.report.names import Label, labels, visible
-from tribute.report.numbers import counted, duration, fixed
+from tribute.report.numbers import between, counted, duration, fixed, significant
 from tribute.report.payout import NegativePolicy, Payout, money, pay_out
 from tribute.report.sentences import Sentence, say, term
 from tribute.store.records import Store
@@ -137,6 +137,28 @@ class PictureFigure:
 
 
 @dataclass(frozen=True)
+class PilotRow:
+    """What the pilot found for one behavior, as text."""
+
+    title: str
+    correlation_text: str
+    interval_text: str
+    retrain_noise_text: str
+    sft_noise_text: str
+    verdict: str
+    sentences: list[str]
+
+
+@dataclass(frozen=True)
+class PilotPage:
+    """A few coalitions that were measured in both ways before the study."""
+
+    n_coalitions: int
+    passed: bool
+    rows: list[PilotRow]
+
+
+@dataclass(frozen=True)
 class CostRow:
     """One stage; texts, and numbers to sort by."""
 
@@ -206,6 +228,7 @@ class ReportPage:
         behaviors: One page each.
         pictures: Generated images; empty where there are none.
         pictures_left_out: Pictures that are too large for the page.
+        pilot: None where there was none.
         costs: What the study has taken.
         models: Sentences about the models.
         provenance: Versions, device, fingerprints.
@@ -222,6 +245,7 @@ class ReportPage:
     behaviors: list[BehaviorPage]
     pictures: list[PictureFigure]
     pictures_left_out: int
+    pilot: PilotPage | None
     costs: Costs
     models: list[Sentence]
     provenance: list[Fact]
@@ -271,7 +295,8 @@ def gather_page(
             pages.append(behavior_page(key, found, config, names, record.contributor_names, record.n_examples))
         except FitError as error:
             pages.append(page_without_credit(key, name, str(error)))
-    figures, n_left_out = _figures(_read_pictures(config.run_dir), names, pages)
+    figures, n_left_out = _figures(_read("tribute.study.pictures", "read_pictures", config.run_dir) or [], names, pages)
+    pilot = _pilot_page(_read("tribute.study.pilot_record", "read_pilot", config.run_dir), pages)
     payouts = [] if payout is None else [_payout_page(payout, page, names) for page in pages]
     moment = time.gmtime(written)
     return ReportPage(
@@ -284,23 +309,23 @@ def gather_page(
         behaviors=pages,
         pictures=figures,
         pictures_left_out=n_left_out,
+        pilot=pilot,
         costs=_costs(config, record, store),
         models=_models(record),
         provenance=_provenance(config, record),
         payouts=payouts,
-        terms=glossary(_used_terms(pages, payouts)),
+        terms=glossary(_used_terms(pages, payouts, pilot)),
     )
 
 
-def _used_terms(pages: Sequence[BehaviorPage], payouts: Sequence[PayoutPage]) -> set[str]:
+def _used_terms(pages: Sequence[BehaviorPage], payouts: Sequence[PayoutPage], pilot: PilotPage | None) -> set[str]:
     """Keys of the terms that the page uses."""
-    from tribute.report.glossary import GLOSSARY
-
     left_out = set() if payouts else {"payout"}
     credits = [page.credit for page in pages if page.credit is not None]
     if not any(credit.proof for credit in credits):
         left_out |= {"ceiling"}
-    left_out |= {"pilot"}
+    if pilot is None:
+        left_out |= {"pilot"}
     return set(GLOSSARY) - left_out
 
 
@@ -352,10 +377,10 @@ def _figures(
     return figures, n_left_out
 
 
-def _read_pictures(run_dir: Path) -> list[Any]:
-    if importlib.util.find_spec("tribute.study.pictures") is None:
-        return []
-    return importlib.import_module("tribute.study.pictures").read_pictures(run_dir)
+def _read(module: str, function: str, run_dir: Path) -> Any:
+    if importlib.util.find_spec(module) is None:
+        return None
+    return getattr(importlib.import_module(module), function)(run_dir)
 
 
 def _png_bytes(path: Path) -> bytes | None:
@@ -367,6 +392,26 @@ def _png_bytes(path: Path) -> bytes | None:
     except OSError:
         return None
     return content if content.startswith(_PNG) else None
+
+
+def _pilot_page(found: Any, pages: Sequence[BehaviorPage]) -> PilotPage | None:
+    if found is None:
+        return None
+    titles = {page.name: page.title for page in pages}
+    rows = [
+        PilotRow(
+            title=titles[visible(item.name)],
+            correlation_text=fixed(item.correlation, 2),
+            interval_text=between(item.interval, 2),
+            retrain_noise_text=f"{significant(item.retrain_noise)} of {significant(item.retrain_spread)}",
+            sft_noise_text=f"{significant(item.sft_noise)} of {significant(item.sft_spread)}",
+            verdict="passed" if item.passed else "not passed",
+            sentences=[visible(sentence) for sentence in item.sentences],
+        )
+        for item in found.behaviors
+        if visible(item.name) in titles
+    ]
+    return PilotPage(found.n_coalitions, found.passed, rows) if rows else None
 
 
 def _costs(config: StudyConfig, record: StudyRecord, store: Store) -> Costs:
