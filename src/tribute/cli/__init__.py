@@ -18,6 +18,7 @@ COMMANDS = {
     "prune": "prune a trained model (prune.py)",
     "unlearn": "a coalition's model and its behavior, recorded in a store (unlearn.py)",
     "lds": "fit attributions to a store and prove them on retrained models (lds.py)",
+    "report": "one HTML page: credit, how sure it is, its proof, cost, payout",
     "verify": "compare a run with its manifest: hashes, attributions, LDS, measurements",
     "export": "write a store as JSONL in the published layout or as CSV, or a model as a diffusers folder",
     "import": "read JSONL of the published layout into a store",
