@@ -9,8 +9,8 @@ twice but what was in flight.
     python -m benchmarks.faults                       # 20 moments, each its own study
     python -m benchmarks.faults --n_moments 60 --seed 1
     python -m benchmarks.faults --victim worker       # 20 workers of Ray, one after the other, in one run
-    python -m benchmarks.faults --victim raylet       # Ray itself, 20 times in one study that is run again each time
-    python -m benchmarks.faults --victim ray_driver   # the process that leads workers of Ray, likewise
+    python -m benchmarks.faults --victim raylet       # Ray itself, in 20 studies: workers outlive it by some seconds
+    python -m benchmarks.faults --victim ray_driver   # the driver of workers, 20 times in one study
 
 With Ray only the stages in which it works are hit; a moment is then a number of claimed evaluations.
 """
@@ -467,7 +467,7 @@ def run_with_ray(place: Place, victim: str, claims: list[int]) -> None:
                 log.write(f"{claimed.spec.role}\n")
             os.kill(pid, signal.SIGKILL)
 
-    RayExecutor._hand_out = deadly_hand_out
+    RayExecutor._hand_out = deadly_hand_out  # pyright: ignore[reportAttributeAccessIssue]
     settings = place.settings() | {"execution": {"executor": "ray", "workers": 2}}
     (place.root / "log.jsonl").touch()
     watch = Watch(place, None)
@@ -488,17 +488,23 @@ def raylet_of(pid: int) -> int:
     raise RuntimeError("this process has no raylet")
 
 
-def kill_ray_and_continue(
-    context: ForkServerContext, place: Place, victim: str, n_kills: int, seed: int, undisturbed: Place
-) -> list[str]:
-    """Kill parts of Ray again and again, run the study to its end, and return what is not as in the undisturbed one."""
+def draw_claims(victim: str, n_kills: int, seed: int) -> list[list[list[int]]]:
+    """For each study, for each of its runs but the last: after how many claims to kill."""
     stream = numpy_stream(seed, "moments of death", victim)
     if victim == "worker":
         # Never two in a row: an evaluation whose worker dies three times is set aside, as it should be.
-        runs = [sorted(int(n) for n in stream.choice(np.arange(2, 2 * n_kills + 12, 2), n_kills, replace=False))]
-    else:
-        runs = [[int(stream.integers(2, 6))] for _ in range(n_kills)]  # two are in hand, the others are done
-    runs.append([])  # to the end
+        claims = stream.choice(np.arange(2, 2 * n_kills + 12, 2), n_kills, replace=False)
+        return [[sorted(int(n) for n in claims)]]
+    if victim == "raylet":
+        return [[[int(stream.integers(1, N_EVALUATIONS - 2))]] for _ in range(n_kills)]
+    return [[[int(stream.integers(2, 6))] for _ in range(n_kills)]]  # two are in hand, the others are done
+
+
+def kill_ray_and_continue(
+    context: ForkServerContext, place: Place, victim: str, runs: list[list[int]], undisturbed: Place
+) -> list[str]:
+    """Kill parts of Ray, run the study to its end, and return what is not as in the undisturbed one."""
+    runs = [*runs, []]  # to the end
     n_claims_lost = 0
     differing = []
     for number, claims in enumerate(runs):
@@ -538,12 +544,13 @@ def main() -> None:
         if run_in_child(context, undisturbed) != 0:
             raise SystemExit("the undisturbed study did not come to its end")
         if arguments.victim != "driver":
-            place = Place(Path(folder) / arguments.victim).prepare()
-            differing = kill_ray_and_continue(
-                context, place, arguments.victim, arguments.n_moments, arguments.seed, undisturbed
-            )
-            print("; ".join(differing) or "identical")
-            raise SystemExit(bool(differing))
+            n_bad = 0
+            for number, runs in enumerate(draw_claims(arguments.victim, arguments.n_moments, arguments.seed)):
+                place = Place(Path(folder) / f"{arguments.victim}-{number}").prepare()
+                differing = kill_ray_and_continue(context, place, arguments.victim, runs, undisturbed)
+                n_bad += bool(differing)
+                print("; ".join(differing) or "identical", flush=True)
+            raise SystemExit(bool(n_bad))
         moments = draw_moments(read_counts(undisturbed), arguments.seed, n_moments=arguments.n_moments)
         n_bad = 0
         for number, moment in enumerate(moments):
