@@ -61,10 +61,11 @@ STAGES = {
     "Sparse model": 3,
     "empty": 1,
     "grand": 1,
-    "fit": 3,
+    "fit": 2,
     "loo": 1,
     "test": 2,
     "Attributions and LDS": 1,
+    "picture": 1,
     "Outputs": 1,
 }
 """Stages of a study, and how many of 20 moments each has."""
@@ -99,7 +100,8 @@ STUDY = {
     "ckpt_freq": 2,
     "n_threads": 1,
 }
-N_EVALUATIONS = 2 + 14 + 10 + 4
+N_EVALUATIONS = 2 + 14 + 10 + 4 + 1
+"""End points, fit, leave one out, test, and the pictures without the first contributor."""
 
 BEHAVIORS = """
 import os
@@ -427,7 +429,9 @@ def kill_and_continue(
         differing.append("attributions.csv")
     differing += [f"left behind: {name}" for name in sorted(tree(place) - tree(undisturbed))]
     differing += [f"missing: {name}" for name in sorted(tree(undisturbed) - tree(place))]
-    n_measured, n_expected = len(read_log(place, "measure")), len(expected.evaluations) + n_in_flight
+    n_pictures = sum(moment.stage == "picture" for moment in moments)  # which are drawn without a claim
+    n_measured = len(read_log(place, "measure"))
+    n_expected = len(read_log(undisturbed, "measure")) + n_in_flight + n_pictures
     if n_measured > n_expected:
         differing.append(f"{n_measured} coalitions measured, {n_expected} with those in flight")
     for stage in ("Full model", "Sparse model"):
