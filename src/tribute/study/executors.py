@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 BEATS_PER_LEASE = 4
+MAX_SECONDS_BETWEEN_BEATS = 60.0
 
 
 class Measure(Protocol):
@@ -166,6 +167,11 @@ class Ledger:
         return False
 
 
+def seconds_between_beats(claimed: ClaimedEvaluation) -> float:
+    """How often the lease of a claim is extended; readers take the last time for a sign of life."""
+    return min(claimed.lease_seconds / BEATS_PER_LEASE, MAX_SECONDS_BETWEEN_BEATS)
+
+
 class Heartbeat:
     """Extends the lease of the evaluation in hand from a thread of its own, as long as this process's pulse beats.
 
@@ -196,7 +202,7 @@ class Heartbeat:
         self._thread.join(timeout=5.0)
 
     def _watch(self) -> None:
-        while not self._over.wait(self.claimed.lease_seconds / BEATS_PER_LEASE):
+        while not self._over.wait(seconds_between_beats(self.claimed)):
             self.beat()
 
     def beat(self) -> bool:

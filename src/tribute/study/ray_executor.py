@@ -35,7 +35,7 @@ from tribute.config import ExecutionConfig, Preset, StudyConfig
 from tribute.errors import ConfigError, MixedResultsError, StoreError, TributeError
 from tribute.models.checkpoint import Checkpoint
 from tribute.store.records import ClaimedEvaluation, Store
-from tribute.study.executors import BEATS_PER_LEASE, MAX_ATTEMPTS, Ledger, Measure, always
+from tribute.study.executors import MAX_ATTEMPTS, Ledger, Measure, always, seconds_between_beats
 from tribute.study.session import StudySession
 from tribute.study.value_function import Evaluation
 
@@ -275,12 +275,10 @@ class RayExecutor:
                 n_done += self._receive(ref, ledger, on_done)
             now = time.monotonic()
             self._look_after(ledger, now)
-            lease = min((w.task[1].lease_seconds for w in self._workers if w.task), default=0.0)
-            if lease and now - extended > lease / BEATS_PER_LEASE:
+            claims = [worker.task[1] for worker in self._workers if worker.task is not None]
+            if claims and now - extended > min(map(seconds_between_beats, claims)):
                 extended = now
-                for worker in self._workers:
-                    if worker.task is not None:
-                        ledger.store.heartbeat(worker.task[1])
+                ledger.store.heartbeat_all(claims)  # a result of one that is lost is refused when it comes
 
     def _wait(self) -> list[Any]:
         """What is there of results, set-ups and answers; waits a moment for the first."""
