@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 3
 BEATS_PER_LEASE = 4
 MAX_SECONDS_BETWEEN_BEATS = 60.0
+CONNECT_SECONDS = 10.0
 
 
 class Measure(Protocol):
@@ -71,7 +73,8 @@ def check_execution(execution: ExecutionConfig) -> None:
     """Refuse, before anything is trained, an executor that this installation does not have.
 
     Raises:
-        ConfigError: Ray is asked for and not installed, or several workers without it.
+        ConfigError: Ray is asked for and not installed, nothing listens at its address, or there are several workers
+            without it.
     """
     if execution.executor == "ray":
         if importlib.util.find_spec("ray") is None:
@@ -79,6 +82,15 @@ def check_execution(execution: ExecutionConfig) -> None:
                 "execution.executor: ray is not installed, and the executor ray needs it; "
                 "pip install 'tribute[cluster]', or set executor: serial"
             )
+        host, colon, port = (execution.address or "").removeprefix("ray://").rpartition(":")
+        if colon:
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+            except (OSError, ValueError, OverflowError) as error:
+                raise ConfigError(
+                    f"execution.address: expected auto, HOST:6379 or ray://HOST:10001 of a cluster that runs; nothing "
+                    f"answers at {execution.address} ({error}). Start one (docs/clusters.md), or leave the address out"
+                ) from error
     elif execution.workers != 1 or execution.address is not None or execution.gpus_per_worker is not None:
         raise ConfigError(
             "execution: workers, gpus_per_worker and address are settings of the executor ray; found executor "

@@ -462,7 +462,8 @@ class RayExecutor:
                 where = "on this machine" if address is None else f"at {address}"
                 raise ConfigError(
                     f"execution.address: Ray {where} cannot be had ({error}). Expected none, which starts Ray here, "
-                    "auto, HOST:6379 or ray://HOST:10001 of a cluster that runs (docs/clusters.md)"
+                    "auto, HOST:6379 or ray://HOST:10001 of a cluster that runs. A cluster with a token needs "
+                    "RAY_AUTH_MODE=token here, too (docs/clusters.md)"
                 ) from error
         self._owns_ray = True
 
