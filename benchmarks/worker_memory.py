@@ -40,7 +40,10 @@ def main() -> None:
     for n in [1, *range(10, len(curve) + 1, 10)]:
         bar = "#" * round(40 * curve[n - 1] / curve.max())
         print(f"{n:>10}  {curve[n - 1]:>8.1f}  {bar}")
-    print(f"slope after the first {WARM_UP}: {slope(resident):+.2f} KiB per coalition; least and most since then: ", end="")
+    print(
+        f"slope after the first {WARM_UP}: {slope(resident):+.2f} KiB per coalition; least and most since then: ",
+        end="",
+    )
     print(f"{curve[WARM_UP:].min():.1f} and {curve[WARM_UP:].max():.1f} MiB")
     if arguments.csv is not None:
         with arguments.csv.open("w", newline="") as file:
@@ -69,9 +72,7 @@ def measure(folder: Path, n_coalitions: int, gd_steps: int, n_samples: int) -> n
     full = train_model(worker, short, Saving(folder / "full", 1000), method="retrain", coalition_mask=everyone)
     pruned, _ = prune_model(worker, full, PruneConfig(), folder / "pruned")
     sampling = worker.preset.sampling.replace(n_samples=n_samples, num_inference_steps=2)
-    gd = worker.value_function(
-        worker.fine_tuning(pruned, worker.preset.train_config("gd", n_steps=gd_steps)), sampling
-    )
+    gd = worker.value_function(worker.fine_tuning(pruned, worker.preset.train_config("gd", n_steps=gd_steps)), sampling)
     retrain = worker.value_function(worker.retraining(short), sampling)
     resident = np.empty(n_coalitions, dtype=np.int64)
     for i in range(n_coalitions):
