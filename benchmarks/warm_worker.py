@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-SOURCE = {"dataset": "digits", "contributors": "vendors"}
 BEHAVIORS = ("fid", "inception_score")
 FULL_STEPS, SPARSE_STEPS = 60, 30
 """Of the models that coalitions begin with: how well they are trained makes no difference to the seconds."""
@@ -88,7 +87,9 @@ def make_worker() -> Any:
     from tribute.config import DataConfig, load_preset
     from tribute.study.worker import Worker
 
-    return Worker(DataConfig(**SOURCE), load_preset("digits"), behaviors=BEHAVIORS, n_threads=1)
+    return Worker(
+        DataConfig(dataset="digits", contributors="vendors"), load_preset("digits"), behaviors=BEHAVIORS, n_threads=1
+    )
 
 
 def serve(folder: Path) -> None:
