@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,12 @@ def test_it_is_written_into_the_run_folder_or_where_one_says(
     other = tmp_path / "elsewhere" / "page.html"
     main("report", [str(study), "--out", str(other), "--budget", "1000", "--currency", "JPY", "--negative", "pool"])
     assert "1,000 JPY" in read_html(other.read_text(encoding="utf-8")).by_id("payout").text
-    assert [item.name for item in other.parent.iterdir()] == ["page.html"], "nothing half-written is left"
+    found = sorted(item.name for item in other.parent.iterdir())
+    assert found == ["page.html", "payout.csv"], "nothing half-written is left"
+    rows = list(csv.DictReader((other.parent / "payout.csv").read_text(encoding="utf-8").splitlines()))
+    assert [row["contributor"] for row in rows] == [f"contributor {i + 1}" for i in range(6)]
+    assert sum(int(row["amount"]) for row in rows) == 1000 and {row["negative"] for row in rows} == {"pool"}
+    assert not (path.parent / "payout.csv").exists()
 
 
 def test_it_may_be_read_in_any_folder(study: Path, tmp_path: Path) -> None:

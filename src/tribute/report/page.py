@@ -6,7 +6,7 @@ import base64
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 
@@ -203,6 +203,7 @@ class PayoutPage:
     rows: list[PayoutRow]
     total_text: str
     missing: str = ""
+    payout: Payout | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -498,7 +499,7 @@ def _payout_page(request: PayoutRequest, page: BehaviorPage, names: Sequence[Lab
         return PayoutPage(page, "", "", [], [], "", visible(str(error)))
     rows = [_payout_row(found, row.contributor_idx, names[row.contributor_idx]) for row in page.credit.rows]
     budget = money(found.budget, found.currency)
-    return PayoutPage(page, budget, found.policy, [visible(note) for note in found.notes], rows, budget)
+    return PayoutPage(page, budget, found.policy, [visible(note) for note in found.notes], rows, budget, payout=found)
 
 
 def _payout_row(found: Payout, i: int, name: Label) -> PayoutRow:
