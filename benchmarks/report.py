@@ -82,9 +82,7 @@ def main() -> None:
     )
     parser.add_argument("--n_repeats", type=int, default=3)
     arguments = parser.parse_args()
-    print(
-        "| contributors | coalitions | behaviors | report, processor s | clock s | fit alone, processor s | ratio | MB |"
-    )
+    print("| contributors | coalitions | behaviors | processor s | clock s | fit alone, processor s | ratio | MB |")
     print("|---:|---:|---:|---:|---:|---:|---:|---:|")
     for size in arguments.size:
         n_contributors, n_fit, n_test, n_behaviors = (int(part) for part in size.split("x"))
