@@ -434,13 +434,15 @@ def _models(record: StudyRecord) -> list[Sentence]:
     """What is known of the models, in sentences."""
     sentences = []
     full, sparse = record.models.get("full", {}), record.models.get("sparse", {})
-    if "n_steps" in full:
+    if "origin" in full:
+        sentences.append(say("The full model was made elsewhere and loaded."))
+    elif "n_steps" in full:
         sentences.append(say("The full model was trained for {n} steps on everybody.", n=f"{int(full['n_steps']):,}"))
     if "n_steps" in sparse:
         smaller = ""
-        before, after = sparse.get("n_params"), sparse.get("n_params_pruned")
-        if isinstance(before, int) and isinstance(after, int) and before > 0:
-            smaller = f" It has {100 * after / before:.0f} % of the full model\u2019s parameters."
+        sizes = sparse.get("n_parameters", {})
+        if sizes.get("before"):
+            smaller = f" It has {100 * sizes['after'] / sizes['before']:.0f} % of the full model\u2019s parameters."
         sentences.append(
             say(
                 "The {sparse} was trained for {n} more steps.{smaller}",
