@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tribute.errors import StoreError
-from tribute.files import write_whole
+from tribute.files import room_sentence, write_whole
 from tribute.games.designs import PAIRED_DESIGNS
 from tribute.games.uncertainty import rank_intervals, separation
 from tribute.store.columns import Kind, parquet_bytes
@@ -138,8 +138,8 @@ def write_outputs(result: StudyResult) -> list[Path]:
         update_outputs(folder)
     except OSError as error:
         raise StoreError(
-            f"the results could not be written to {folder} ({error}); they are safe in the store: "
-            "make room and run the same command again"
+            f"the results could not be written to {folder} ({error}; {room_sentence(folder)}); they are safe in the "
+            "store: make room and run the same command again"
         ) from error
     return list(files)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from tribute.config import StudyConfig
 from tribute.errors import FitError
@@ -20,6 +21,7 @@ from tribute.study.attribution import (
     validate,
     without_tested,
 )
+from tribute.study.end_points import failure_of
 from tribute.study.record import StudyRecord
 from tribute.types import Attributions, Behaviors, CoalitionMasks
 
@@ -80,23 +82,33 @@ class StudyResult:
     provenance: dict[str, Any]
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
+    @property
+    def set_aside(self) -> dict[str, int]:
+        """Evaluations that failed and are not among the results, by role; only roles that have some."""
+        return {role: found["failed"] for role, found in self.counts.items() if found.get("failed")}
+
 
 def read_result(config: StudyConfig, record: StudyRecord, store: Store) -> StudyResult:
     """What a study has found so far, from the finished ones of its planned evaluations.
+
+    Linear algebra is done by one thread: on one machine the same evaluations then give the same attributions to the
+    last bit, whichever command fits them and however many threads it was started with.
 
     Raises:
         FitError: Too little is measured; the message says what is missing.
     """
     study_id = record.study_id(store)
     evaluation_ids = record.evaluation_ids(store)
+    with threadpool_limits(1, user_api="blas"):
+        behaviors = [
+            summarise_behavior(config, store, study_id, evaluation_ids, name, record.contributor_names)
+            for name in record.behaviors
+        ]
     return StudyResult(
         config=config,
         contributor_names=record.contributor_names,
         n_examples=record.n_examples,
-        behaviors=[
-            summarise_behavior(config, store, study_id, evaluation_ids, name, record.contributor_names)
-            for name in record.behaviors
-        ],
+        behaviors=behaviors,
         timings=median_seconds(store, study_id, evaluation_ids),
         models=dict(record.models),
         classifier_accuracy=record.classifier_accuracy,
@@ -128,6 +140,10 @@ def read_fit_evaluations(
         store.read(behavior_name=behavior_name, study_id=study_id, role=role, evaluation_ids=evaluation_ids)
         for role in ("empty", "grand", "fit")
     )
+    for role, found in (("empty", empty), ("grand", grand)):
+        counts = store.counts(study_id, role=role, evaluation_ids=evaluation_ids)
+        if not len(found) and counts["failed"]:
+            raise FitError(failure_of(store, study_id, role, evaluation_ids))
     if not (len(empty) and len(grand) and len(fit)):
         raise FitError(
             f"{behavior_name}: expected finished evaluations of the empty coalition, the grand coalition and fit "
