@@ -33,6 +33,11 @@ class RunArguments(RuntimeArguments):
         description="Stop measuring when every 95 % interval is at most this share of |v(grand) - v(empty)| to either "
         "side, e.g. 0.02; None: the study's fit.until_interval.",
     )
+    max_device_hours: float | None = Field(
+        default=None,
+        gt=0,
+        description="Stop before the study has taken more than this in all; None: the study's max_device_hours.",
+    )
     mixed_precision: MixedPrecision | None = Field(default=None, description="Of all training; None: the study's.")
     use_8bit_optimizer: bool = Field(default=False, description="As use_8bit_optimizer: true in the study.")
     executor: Literal["serial", "ray"] | None = Field(
@@ -53,7 +58,9 @@ def run(argv: Sequence[str], prog: str) -> None:
     """Parse the flags, run the study, print tables, write files."""
     arguments = parse(RunArguments, argv, prog=prog, description="Run a whole study.")
     config = StudyConfig.from_yaml(arguments.study)
-    changes = {name: getattr(arguments, name) for name in ("outdir", "n_threads", "mixed_precision")}
+    changes = {
+        name: getattr(arguments, name) for name in ("outdir", "n_threads", "max_device_hours", "mixed_precision")
+    }
     changes |= {
         "use_8bit_optimizer": arguments.use_8bit_optimizer or None,
         "runtime": arguments.runtime(config.runtime),
@@ -73,6 +80,10 @@ def run(argv: Sequence[str], prog: str) -> None:
     for item in result.behaviors:
         print_behavior(item, result)
     print_timings(result)
+    if result.set_aside:
+        roles = ", ".join(f"{role} {n}" for role, n in sorted(result.set_aside.items()))
+        n_failed = sum(result.set_aside.values())
+        print_line(f"  without {n_failed} evaluations that failed ({roles}); run again to try them again")
     for path in write_outputs(result):
         print_line(f"wrote {path}")
 

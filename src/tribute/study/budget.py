@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from tribute.config import StudyConfig
+from tribute.config import SampleConfig, StudyConfig, TrainConfig
 from tribute.errors import StoppedEarly
 from tribute.store.records import Effort, Store
 from tribute.study.costs import (
@@ -46,7 +47,7 @@ class Budget:
     Attributes:
         stopped: Something did not fit any more.
         estimate: Device seconds of an evaluation that none was measured like, from its method and whether its coalition
-            is empty; `run` sets it once the models are there.
+            is empty; `run` sets it once the models are there, to that of `estimate_from_training`.
     """
 
     def __init__(self, config: StudyConfig, *, n_processes: int = 1) -> None:
@@ -78,7 +79,8 @@ class Budget:
         self.refresh()
         others = self._evaluations + sum(item.device_seconds for key, item in self._models.items() if key != name)
         begun = self._models[name]
-        if begun.n_steps < n_steps and others + begun.device_seconds >= self.device_seconds:
+        reserve = _STEPS_IN_RESERVE * begun.device_seconds / max(begun.n_steps, 1)
+        if begun.n_steps < n_steps and not others + begun.device_seconds + reserve < self.device_seconds:
             self.stopped = True
             raise StoppedEarly(self.message())
 
@@ -147,3 +149,50 @@ class Budget:
             if not store.studies(name=record.name, dataset=record.dataset):
                 return 0.0
             return add_up({}, store.efforts(record.study_id(store))).device_seconds
+
+
+_NETWORK_CALL = 0.5
+"""Of a training example's time, which is a call and twice that backwards: a third, and as much again for safety."""
+
+
+def estimate_from_training(
+    models: Mapping[str, Mapping[str, Any]], trainings: Mapping[str, TrainConfig], sampling: SampleConfig
+) -> Callable[[str, bool], float]:
+    """What an evaluation may take before any was measured, from the seconds that the models took.
+
+    Measuring behaviors is not in it.
+
+    Args:
+        models: As `StudyRecord.models`.
+        trainings: Settings of `full_model`, `sparse_model`, `gd` and `retrain`.
+        sampling: How images are generated.
+
+    Returns:
+        Device seconds from the method and whether the coalition is empty.
+    """
+    per_example = {
+        "retrain": _seconds_per_example(models.get("full", {}), trainings["full_model"]),
+        "gd": _seconds_per_example(models.get("sparse", {}), trainings["sparse_model"]),
+    }
+    macs = models.get("sparse", {}).get("n_macs") or {"before": 1, "after": 1}
+    if not per_example["retrain"]:  # the full model was loaded
+        per_example["retrain"] = per_example["gd"] * macs["before"] / max(macs["after"], 1)
+    if not per_example["gd"]:
+        per_example["gd"] = per_example["retrain"]
+    per_example |= {"full": per_example["retrain"], "sparse": per_example["gd"]}  # as they are: not trained
+    calls_per_image = sampling.num_inference_steps * (1 if sampling.guidance_scale == 1.0 else 2)
+
+    def estimate(method: str, is_empty: bool) -> float:
+        """Device seconds of one evaluation."""
+        train = None if is_empty else trainings.get(method)
+        n_trained = 0 if train is None else train.n_steps * train.examples_per_step
+        n_called = sampling.n_samples * calls_per_image
+        return per_example[method] * (n_trained + _NETWORK_CALL * n_called)
+
+    return estimate
+
+
+def _seconds_per_example(model: Mapping[str, Any], train: TrainConfig) -> float:
+    """Device seconds of one training example; 0 where nothing is known."""
+    n_examples = int(model.get("n_steps") or 0) * train.examples_per_step
+    return float(model.get("seconds_train") or 0.0) * int(model.get("n_processes") or 1) / max(n_examples, 1)

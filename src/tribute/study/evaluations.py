@@ -45,7 +45,7 @@ def plan_evaluations(
         opt_seed = config.opt_seed + repeat
         yield spec("gd", "empty", empty_coalition(n_contributors), opt_seed, removal_dist="empty")
         yield spec("gd", "grand", grand_coalition(n_contributors), opt_seed)
-    test = _distinct_draws(
+    test = distinct_draws(
         "datamodel",
         n_contributors,
         config.test.n_coalitions,
@@ -53,7 +53,7 @@ def plan_evaluations(
         config.test.datamodel_alpha,
         seen=set(),
     )
-    fit = _distinct_draws(
+    fit = distinct_draws(
         config.fit.drawn_from,
         n_contributors,
         config.fit.n_coalitions,
@@ -88,10 +88,10 @@ def plan_evaluations(
             )
 
 
-def _distinct_draws(
+def distinct_draws(
     removal_dist: str, n_contributors: int, n_coalitions: int, first_seed: int, alpha: float, *, seen: set[bytes]
 ) -> list[tuple[int, CoalitionMask]]:
-    """The first distinct coalitions of a removal distribution or design, with their seeds.
+    """The first distinct coalitions of a removal distribution or design, with their removal seeds.
 
     Of complement pairs both must be new, or neither is taken.
     """

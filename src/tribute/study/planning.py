@@ -9,8 +9,8 @@ from tribute.config import StudyConfig
 from tribute.models.pipelines import load_model
 from tribute.study.evaluations import plan_evaluations
 from tribute.study.plan import StudyPlan, plan_study, read_done
-from tribute.study.session import check_settings, study_preset
-from tribute.study.unit_costs import measure_unit_costs, planning_worker, study_trainings
+from tribute.study.session import check_settings, study_preset, study_trainings
+from tribute.study.unit_costs import measure_unit_costs, planning_worker
 
 
 def make_plan(config: StudyConfig, *, device: str | None = None, started: float | None = None) -> StudyPlan:

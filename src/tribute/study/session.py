@@ -64,7 +64,15 @@ class StudySession:
             "gd": worker.value_function(worker.fine_tuning(sparse, sft, use_ema=sampling.use_ema), sampling),
             "retrain": worker.value_function(worker.retraining(retrain, use_ema=sampling.use_ema), sampling),
         }
-        starts = {"gd": (sft, sparse.model_hash), "retrain": (retrain, preset.unet.fingerprint())}
+        for name, model in (("full", full), ("sparse", sparse)):  # as they are, for the pilot
+            method = worker.as_is(model, use_ema=sampling.use_ema, counts_training=False)
+            value_functions[name] = worker.value_function(method, sampling)
+        starts = {
+            "gd": (sft, sparse.model_hash),
+            "retrain": (retrain, preset.unet.fingerprint()),
+            "full": (None, full.model_hash),
+            "sparse": (None, sparse.model_hash),
+        }
         self.settings = {
             method: worker.settings(sampling, train=train, start=start, use_ema=sampling.use_ema)
             for method, (train, start) in starts.items()
@@ -79,7 +87,7 @@ class StudySession:
         return self._team
 
     def measure(self, method: str, coalition_mask: CoalitionMask, *, opt_seed: int) -> Evaluation:
-        """v(S) of a coalition `(n_contributors,)` by `gd` or `retrain`."""
+        """v(S) of a coalition `(n_contributors,)` by `gd` or `retrain`, or everybody's `full` or `sparse` model."""
         return self.team.measure(method, coalition_mask, opt_seed=opt_seed)
 
 
@@ -113,6 +121,19 @@ def check_settings(config: StudyConfig, preset: Preset) -> None:
             "mixed_precision in the study, or the same for every method of the preset"
         )
     check_precision(preset.sampling.mixed_precision, None)
+
+
+def study_trainings(config: StudyConfig, preset: Preset) -> dict[str, TrainConfig]:
+    """Training settings of a study by what is trained: `full_model`, `sparse_model`, `gd` and `retrain`."""
+    stages = {
+        "full_model": (config.full_model, "retrain"),
+        "sparse_model": (config.sparse_model, "prune_fine_tune"),
+        "gd": (config.gd, "gd"),
+        "retrain": (config.retrained_model, "retrain"),
+    }
+    return {
+        name: train_settings(preset, changes, method, config.opt_seed) for name, (changes, method) in stages.items()
+    }
 
 
 def train_settings(preset: Preset, changes: StudyModelConfig, method: str, opt_seed: int) -> TrainConfig:

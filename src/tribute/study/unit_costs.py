@@ -37,7 +37,7 @@ from tribute.models.pruning import count_parameters, prune_unet
 from tribute.study.local import FullModelComparison
 from tribute.study.measurement import Measurement
 from tribute.study.plan import UnitCosts
-from tribute.study.session import train_settings
+from tribute.study.session import study_trainings
 from tribute.study.stages import checkpoint_meta
 from tribute.study.worker import Worker, load_data_for
 from tribute.types import Images
@@ -53,19 +53,6 @@ _MAX_REFERENCE = 1024
 _N_CLASSIFIER_STEPS = (2, 12)
 _N_GRADIENT_TIMESTEPS = 100
 _LOCAL_IMAGES = 4
-
-
-def study_trainings(config: StudyConfig, preset: Preset) -> dict[str, TrainConfig]:
-    """Training settings by the stage that they are for."""
-    stages = {
-        "full_model": (config.full_model, "retrain"),
-        "sparse_model": (config.sparse_model, "prune_fine_tune"),
-        "gd": (config.gd, "gd"),
-        "retrain": (config.retrained_model, "retrain"),
-    }
-    return {
-        name: train_settings(preset, changes, method, config.opt_seed) for name, (changes, method) in stages.items()
-    }
 
 
 @contextlib.contextmanager

@@ -236,9 +236,9 @@ class Worker:
         """The method `retrain`, from scratch."""
         return Retraining(self.trainer, self.data.contributors, self.preset.unet, config, use_ema=use_ema)
 
-    def as_is(self, checkpoint: Checkpoint, *, use_ema: bool = True) -> AsIs:
+    def as_is(self, checkpoint: Checkpoint, *, use_ema: bool = True, counts_training: bool = True) -> AsIs:
         """The method `retrain` for a model that was trained beforehand."""
-        return AsIs(checkpoint, use_ema=use_ema, device=str(self.trainer.device))
+        return AsIs(checkpoint, use_ema=use_ema, device=str(self.trainer.device), counts_training=counts_training)
 
     def provenance(self) -> dict[str, Any]:
         """Where results of this worker come from: versions, commit, device, and how networks compute."""

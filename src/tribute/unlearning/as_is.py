@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import TYPE_CHECKING
+
 from tribute.errors import MixedResultsError
 from tribute.models.build import reset_weights
 from tribute.models.checkpoint import Checkpoint, build_model
 from tribute.types import CoalitionMask
 from tribute.unlearning.base import CoalitionModel
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
 
 class AsIs:
@@ -16,13 +22,24 @@ class AsIs:
         checkpoint: A retrained model; `meta["coalition"]` holds its coalition as 0/1 text. One without, made by
             others, counts as trained on everyone.
         use_ema: Measure the moving average of the weights.
+        device: Where it goes, when it is first asked for.
+        counts_training: The seconds of its training are seconds of the evaluation; False where they are counted
+            elsewhere.
     """
 
     name = "retrain"
 
-    def __init__(self, checkpoint: Checkpoint, *, use_ema: bool = True, device: str = "cpu") -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, *, use_ema: bool = True, device: str = "cpu", counts_training: bool = True
+    ) -> None:
         self.checkpoint = checkpoint
-        self._model = build_model(checkpoint, use_ema=use_ema, device=device)
+        self.use_ema = use_ema
+        self.device = device
+        self.counts_training = counts_training
+
+    @cached_property
+    def _model(self) -> UNet2DModel:
+        return build_model(self.checkpoint, use_ema=self.use_ema, device=self.device)
 
     def obtain(self, coalition_mask: CoalitionMask, *, opt_seed: int) -> CoalitionModel:
         """The checkpoint's model; the empty coalition yields the untrained network of its architecture."""
@@ -38,9 +55,8 @@ class AsIs:
                 f"--removal_seed ask for {asked} (1: present). Load the model that main.py trained with the same "
                 "--removal_dist, --datamodel_alpha and --removal_seed"
             )
-        return CoalitionModel(
-            self._model, self.checkpoint.n_steps, float(self.checkpoint.meta.get("seconds_train", 0.0))
-        )
+        seconds = float(self.checkpoint.meta.get("seconds_train", 0.0)) if self.counts_training else 0.0
+        return CoalitionModel(self._model, self.checkpoint.n_steps, seconds)
 
 
 def mask_to_text(coalition_mask: CoalitionMask) -> str:
