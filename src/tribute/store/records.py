@@ -34,8 +34,8 @@ from sqlalchemy import (
     Select,
     String,
     and_,
-    any_,
     bindparam,
+    case,
     cast,
     delete,
     exists,
@@ -46,6 +46,7 @@ from sqlalchemy import (
     not_,
     or_,
     select,
+    true,
     update,
 )
 from sqlalchemy.engine import Connection
@@ -1216,7 +1217,9 @@ def _among(ids: Sequence[int], *, is_sqlite: bool) -> ColumnElement[bool]:
     if is_sqlite:
         listed = func.json_each(json.dumps(numbers.tolist())).table_valued("value")
         return number.in_(select(listed.c.value))
-    return number == any_(bindparam("evaluation_ids", numbers.tolist(), type_=ARRAY(Integer), unique=True))
+    listed = func.unnest(bindparam("evaluation_ids", numbers.tolist(), type_=ARRAY(Integer), unique=True))
+    # Within CASE the list stays a table of hashes; as an array it is gone through for every row.
+    return case((number.in_(select(listed)), true()), else_=false())
 
 
 def _bindable(value: Any) -> Any:
