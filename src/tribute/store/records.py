@@ -549,7 +549,7 @@ class Store:
             MixedResultsError: The study exists with other contributors.
         """
         asked = Study(name, dataset, tuple(contributor_names), tuple(int(n) for n in n_examples), fingerprint, config)
-        return self._write(lambda connection: _open_study(connection, asked))
+        return self._write(lambda connection: open_study_in(connection, asked))
 
     def studies(self, *, name: str | None = None, dataset: str | None = None) -> list[Study]:
         """The studies with this name and dataset, all by default, in the order they were made."""
@@ -882,7 +882,7 @@ class Store:
         def record(connection: Connection) -> int:
             n_new = 0
             for asked, finished in results.items():
-                study_id = _open_study(connection, asked)
+                study_id = open_study_in(connection, asked)
                 ids = _add(connection, study_id, [result.spec for result in finished])
                 for evaluation_id, result in zip(ids, finished, strict=True):
                     plain = FinishedEvaluation(
@@ -1134,7 +1134,7 @@ def _chunks(items: Sequence[Any]) -> list[Sequence[Any]]:
     return [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
 
 
-def _open_study(connection: Connection, asked: Study) -> int:
+def open_study_in(connection: Connection, asked: Study) -> int:
     """Number of the study, made when it is new; refuses other contributors under its name."""
     # PostgreSQL would let two processes both find the study missing: they queue on this row.
     connection.execute(select(tables.schema).with_for_update())
