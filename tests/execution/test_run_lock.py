@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tiny_study import SilentListener
-from workshop import n_calls, start_run, values_of, wait_until_held
+from workshop import n_calls, start_run, undisturbed, values_of, wait_until_held
 
 from tribute.config import StudyConfig
 from tribute.errors import StoreError
@@ -51,6 +51,7 @@ def test_runs_on_a_server_share_the_measuring_and_double_nothing(
     make_study: MakeStudy, workshop: Path, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first run stands still in its third coalition; the second one does all the others, and waits for that one."""
+    values, _ = undisturbed(workshop, make_study)
     monkeypatch.setattr(work, "SECONDS_BETWEEN_LOOKS", 0.1)
     config = make_study(behaviors=["counted:held", "counted:contrast"], db=postgres_url)
     (workshop / "hold_at").write_text("3")
@@ -73,9 +74,7 @@ def test_runs_on_a_server_share_the_measuring_and_double_nothing(
     assert first.returncode == 0, error
     assert listener.n_evaluations == 5
     assert n_calls(workshop) == 8
-    alone = make_study(name="alone", behaviors=["counted:held", "counted:contrast"])
-    run_study(alone, SilentListener())
-    assert values_of(config) == values_of(alone)
+    assert values_of(config) == values
 
 
 def test_waiting_says_for_whom_and_gets_the_lock(tmp_path: Path) -> None:

@@ -345,8 +345,8 @@ class RayExecutor:
             elif worker.task is not None and now - worker.looked > self.seconds_between_looks:
                 worker.looked = now
                 worker.answer = worker.actor.watch.remote()
-        waiting = [w for w in self._workers if w.ready is not None and now - w.started > SECONDS_FOR_A_PLACE]
-        if waiting and not self._said_no_place:
+        waiting = [worker for worker in self._workers if worker.ready is not None]
+        if any(now - worker.started > SECONDS_FOR_A_PLACE for worker in waiting) and not self._said_no_place:
             self._said_no_place = True
             free = ray.available_resources()
             self.on_message(
