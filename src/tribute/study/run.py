@@ -93,7 +93,6 @@ def _measure(config: StudyConfig, prepared: PreparedStudy, store: Store, listene
             listener,
             go_on=lambda: within() and end_points.can_be_had(),
         )
-        end_points.check()
         if budget is not None and budget.stopped:
             raise StoppedEarly(budget.message(read_costs(config, record, store)))
         return evaluation_ids
