@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.faults import PRELOAD
 from benchmarks.postgres import PostgresServer, missing_programs
 from tribute.config import NoiseScheduleConfig, UNetConfig
 from tribute.types import Images
@@ -68,9 +69,7 @@ def fresh_accelerator() -> Iterator[None]:
 def process_server() -> ForkServerContext:
     """Where new processes come from: a server that has imported the heavy packages once and done nothing else."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["tribute.diffusion.train", "tribute.models.checkpoint", "diffusers.models.unets.unet_2d", "accelerate"]
-    )
+    context.set_forkserver_preload(PRELOAD)
     return context
 
 
@@ -100,7 +99,7 @@ def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
     """URL of an empty database of this test's own."""
     name = postgres_server.new_database()
     yield postgres_server.url(name)
-    postgres_server.drop_database(name)
+    postgres_server.empty_database(name)
 
 
 @pytest.fixture

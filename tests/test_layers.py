@@ -19,7 +19,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "tribute"
 
 # From the ground up. A unit imports from lower layers, and from units before it in its own.
 LAYERS = (
-    ("errors", "types", "seeding", "files", "pulse", "config"),
+    ("errors", "types", "seeding", "files", "pulse", "memory", "config"),
     ("games", "store"),
     ("data",),
     ("models",),
@@ -70,6 +70,7 @@ ALLOWED = {
     "errors": set(),
     "files": set(),
     "pulse": set(),
+    "memory": set(),
     "types": {"numpy", "scipy"},
     "games": {"numpy", "scipy"},
 }

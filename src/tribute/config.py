@@ -475,6 +475,12 @@ class PilotConfig(Config):
     n_coalitions: int = Field(default=8, ge=3, description="The first test coalitions of the study.")
 
 
+class PicturesConfig(Config):
+    """Generated images that `tribute run` keeps, to be looked at: of everybody, and without the top contributors."""
+
+    n_images: int = Field(default=64, ge=0, description="Images per picture; 0: no pictures.")
+
+
 class StudyConfig(Config):
     """A whole study: what `tribute run STUDY.yaml` reads."""
 
@@ -512,6 +518,7 @@ class StudyConfig(Config):
         default="auto", description="Of Shapley values (`games.shapley.SHAPLEY_ESTIMATORS`)."
     )
     pilot: PilotConfig = PilotConfig()
+    pictures: PicturesConfig = PicturesConfig()
     execution: ExecutionConfig = ExecutionConfig()
     max_device_hours: float | None = Field(
         default=None, gt=0, description="Stop before the study has taken more than this; None: no limit."

@@ -43,6 +43,10 @@ class BehaviorError(TributeError):
     """A model behavior cannot be measured, or is not a finite number."""
 
 
+class OutOfMemory(TributeError):
+    """The memory of a device or machine does not suffice; the message names the setting that lowers the need."""
+
+
 class CoalitionError(TributeError):
     """A coalition is empty, of the wrong length, or not one that the operation allows."""
 

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import subprocess
 import sys
+import threading
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from tribute import pulse
 from tribute.config import StudyConfig
+from tribute.errors import BehaviorError, MixedResultsError
 from tribute.seeding import numpy_stream
 from tribute.store.records import EvaluationSpec, Store
+from tribute.study.executors import Measure
+from tribute.study.value_function import Evaluation
+from tribute.types import CoalitionMask
 
 N_CONTRIBUTORS = 5
 
@@ -46,6 +58,20 @@ def held(images):
         os.write(1, b"\\nHELD\\n")
         sys.stdin.readline()
     return float(images.mean())
+
+
+def held_apart(images):
+    """The same in a process whose standard input is nobody's: says so in the pipe `held`, and waits for ever."""
+    import threading
+
+    n = count()
+    at = FOLDER / "hold_at"
+    if at.exists() and n == int(at.read_text()):
+        at.unlink()
+        with (FOLDER / "held").open("w") as pipe:
+            pipe.write(f"{os.getpid()}\\n")
+        threading.Event().wait()
+    return float(images.mean())
 '''
 
 
@@ -81,6 +107,21 @@ def wait_until_held(process: subprocess.Popen[str]) -> None:
     raise AssertionError(f"it ended: {''.join(lines)} {process.communicate()[1]}")
 
 
+def wait_for_line(pipe: Path, process: subprocess.Popen[str]) -> str:
+    """A line from a named pipe, into which a descendant of the process writes."""
+    handle = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        for _ in range(120):
+            if select.select([handle], [], [], 1.0)[0] and (line := os.read(handle, 100)):
+                return line.decode()
+            if process.poll() is not None:
+                break
+    finally:
+        os.close(handle)
+    process.kill()
+    raise AssertionError(f"nothing came: {process.communicate()}")
+
+
 def values_of(config: StudyConfig) -> list[tuple[float, ...]]:
     """Behaviors of every finished evaluation, in an order of their own, without the name of the study."""
     with Store.open(config.db_url, create=False) as store:
@@ -99,7 +140,7 @@ def make_specs(n: int) -> list[EvaluationSpec]:
             datamodel_alpha=None,
             removal_seed=seed,
             coalition_mask=numpy_stream(0, "test-mask", seed).random(N_CONTRIBUTORS) < 0.5,
-            opt_seed=0,
+            opt_seed=seed,
             settings={"gd_steps": 1},
             role="fit",
             priority=n - seed,
@@ -112,3 +153,40 @@ def open_study(store: Store) -> int:
     return store.open_study(
         "main", dataset="digits", contributor_names=list("abcde"), n_examples=[1] * N_CONTRIBUTORS, fingerprint="f"
     )
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """What workers are told: v(S) = |S|, and something else in the evaluation with one training seed.
+
+    Attributes:
+        folder: Of the mark that it was done.
+        what: `die`, `hang` and `raise` happen once, `fail` always; `refuse` in the set-up.
+        seed: Training seed of the evaluation.
+    """
+
+    folder: Path
+    what: str = ""
+    seed: int = -1
+
+    def set_up(self) -> tuple[Measure, dict[str, Any]]:
+        if self.what == "refuse":
+            raise MixedResultsError("other data on this machine")
+        return self.measure, {"n_threads": 1}
+
+    def measure(self, method: str, coalition_mask: CoalitionMask, *, opt_seed: int) -> Evaluation:
+        pulse.beat()
+        mark = self.folder / "done"
+        if opt_seed == self.seed and not mark.exists():
+            if self.what == "fail":
+                raise BehaviorError("no such luck")
+            mark.touch()
+            if self.what == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.what == "hang":
+                pulse._last_beat -= 1e6  # as if it had made no step for days
+                threading.Event().wait()
+            if self.what == "raise":
+                raise ZeroDivisionError("a mistake")
+        images = np.zeros((9, 8, 8, 1), np.uint8)
+        return Evaluation({"size": float(coalition_mask.sum())}, {"train": 1.0}, 1, images)

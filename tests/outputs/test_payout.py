@@ -29,7 +29,7 @@ def credit(values: Any, errors: Any = 0.0, covariance: Any = None) -> Attributio
 
 
 def paid(values: Any, errors: Any = 0.0, *, budget: Any = "100", higher: bool = True, **changes: Any) -> Payout:
-    asked = {"currency": "EUR", "behavior_name": "fid"} | changes
+    asked: dict[str, Any] = {"currency": "EUR", "behavior_name": "fid"} | changes
     return pay_out(credit(values, errors), higher_is_better=higher, budget=budget, **asked)
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tribute.errors import StoreError
+from tribute.store.database import network_file_system
 from tribute.store.records import Store
-from tribute.store.tables import SCHEMA_VERSION, network_file_system
+from tribute.store.tables import SCHEMA_VERSION
 
 
 def test_folders_are_made_and_a_second_opening_finds_what_the_first_wrote(tmp_path: Path) -> None:
@@ -148,6 +149,6 @@ def test_network_file_systems_are_recognised(path: str, kind: str | None) -> Non
 
 
 def test_a_file_on_a_network_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tribute.store.tables.network_file_system", lambda *_: "nfs4")
+    monkeypatch.setattr("tribute.store.database.network_file_system", lambda *_: "nfs4")
     with pytest.raises(StoreError, match=r"nfs4.*local disk.*PostgreSQL"):
         Store.open(tmp_path / "results.db")

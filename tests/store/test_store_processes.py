@@ -151,7 +151,7 @@ def test_threads_share_a_store(tmp_path: Path) -> None:
 
 
 def test_a_store_that_stays_locked_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tribute.store.tables.BUSY_SECONDS", 0.0)
+    monkeypatch.setattr("tribute.store.database.BUSY_SECONDS", 0.0)
     path = tmp_path / "results.db"
     with (
         Store.open(path, patience=Patience(seconds=0)) as store,

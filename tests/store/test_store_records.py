@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,60 +11,11 @@ import pytest
 from sqlalchemy import select, update
 from sqlalchemy.engine import Connection
 
+from tests.store.content import N, claimed, finish, open_study, spec
 from tribute.errors import BehaviorError, CoalitionError, MixedResultsError, StoreError
 from tribute.seeding import numpy_stream
-from tribute.store.records import ANY, ClaimedEvaluation, EvaluationSpec, FinishedEvaluation, Store, Study
+from tribute.store.records import ANY, EvaluationSpec, FinishedEvaluation, Store, Study
 from tribute.store.tables import evaluation
-
-N = 10
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    """An empty store, once in a file and once on a server."""
-    is_file = request.param == "sqlite"
-    with Store.open(tmp_path / "results.db" if is_file else request.getfixturevalue("postgres_url")) as store:
-        yield store
-
-
-@pytest.fixture
-def study_id(store: Store) -> int:
-    return open_study(store)
-
-
-def open_study(store: Store, name: str = "main", dataset: str = "digits", n: int = N, **other: Any) -> int:
-    given: dict[str, Any] = {
-        "contributor_names": [f"vendor {i}" for i in range(n)],
-        "n_examples": [10 + i for i in range(n)],
-        "fingerprint": f"fingerprint-{n}",
-    }
-    return store.open_study(name, dataset=dataset, **{**given, **other})
-
-
-def spec(removal_seed: int | None = 0, mask: Sequence[bool] | None = None, **other: Any) -> EvaluationSpec:
-    if mask is None:
-        mask = (numpy_stream(0, "test-mask", str(removal_seed)).random(N) < 0.5).tolist()
-    given: dict[str, Any] = {
-        "exp_name": "e1",
-        "dataset": "digits",
-        "method": "gd",
-        "removal_dist": "shapley",
-        "datamodel_alpha": None,
-        "opt_seed": 0,
-        "settings": {"gd_steps": 200, "model": "abc"},
-    }
-    return EvaluationSpec(removal_seed=removal_seed, coalition_mask=np.array(mask), **{**given, **other})
-
-
-def claimed(store: Store, **other: Any) -> ClaimedEvaluation:
-    found = store.claim(**other)
-    if found is None:
-        pytest.fail("there was something to claim")
-    return found
-
-
-def finish(store: Store, claim: ClaimedEvaluation, **behaviors: float) -> None:
-    store.finish(claim, behaviors, seconds={"train": 2.0, "sample": 1.0}, provenance={"device": "cpu"})
 
 
 def edit(store: Store, change: Any) -> None:

@@ -55,6 +55,7 @@ def make_study(tmp_path: Path, tiny_preset: Path, monkeypatch: pytest.MonkeyPatc
             "fit": {"n_coalitions": 24, "n_end_points": 2, "leave_one_out": True, "first_removal_seed": 300},
             "test": {"n_coalitions": 4, "opt_seeds": [1, 2]},
             "n_threads": 1,
+            "pictures": {"n_images": 0},
         }
         return StudyConfig.parse(values | changes, where="test")
 

@@ -12,7 +12,7 @@ import pytest
 from tiny_study import SilentListener
 
 from tribute.config import FitCoalitionsConfig, StudyConfig
-from tribute.errors import BehaviorError, ConfigError, FitError, MixedResultsError
+from tribute.errors import ConfigError, FitError, MixedResultsError
 from tribute.games.coalitions import coalition_key, coalition_keys
 from tribute.games.designs import DESIGNS, PAIRED_DESIGNS, draw_design
 from tribute.games.removal import draw_coalitions
@@ -126,13 +126,12 @@ def test_a_behavior_that_is_not_a_number_fails_the_evaluation_not_the_store(make
         test={"n_coalitions": 0},
     )
     listener = SilentListener()
-    with pytest.raises((BehaviorError, FitError), match="broken"):
+    with pytest.raises(FitError, match=r"the empty coalition could not be measured.*broken"):
         run_study(config, listener)
     assert any("evaluations failed" in text and "broken" in text for text in listener.messages)
     with Store.open(config.db_url, create=False) as store:
         failed = store.find(statuses=("failed",))
-    assert len(failed) == 14
-    assert {item.attempts for item in failed} == {3}
+    assert [item.attempts for item in failed] == [3]  # without an end point, nothing else is worth a try
 
 
 def test_fewer_coalitions_than_contributors_is_an_error_that_says_how_many(make_study: MakeStudy) -> None:
@@ -147,7 +146,7 @@ def test_the_outputs_hold_the_numbers_and_no_formula(make_study: MakeStudy) -> N
     config = make_study()
     result = run_study(config, SilentListener())
     paths = {path.name: path for path in write_outputs(result)}
-    assert set(paths) == {"attributions.csv", "summary.json", "attributions.png", "lds.png"}
+    assert set(paths) == {"attributions.csv", "attributions.parquet", "summary.json", "attributions.png", "lds.png"}
     for name in ("attributions.png", "lds.png"):
         assert paths[name].read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader(paths["attributions.csv"].read_text().splitlines()))

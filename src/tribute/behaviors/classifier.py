@@ -15,10 +15,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tribute.behaviors.classifier_networks import Architecture, ClassifierRecipe, forward, recipe_for
+from tribute.behaviors.classifier_networks import BATCH_IMAGES, Architecture, ClassifierRecipe, forward, recipe_for
 from tribute.behaviors.classifier_training import train_classifier
-from tribute.behaviors.features import Features, check_images, content_hash, read_artifact, write_artifact
+from tribute.behaviors.features import (
+    Features,
+    check_images,
+    content_hash,
+    features_batch,
+    read_artifact,
+    write_artifact,
+)
 from tribute.errors import BehaviorError, DataError
+from tribute.files import room_sentence
 from tribute.types import Images
 
 _log = logging.getLogger(__name__)
@@ -61,17 +69,19 @@ class ClassifierExtractor:
         self.fingerprint = content_hash(json.dumps(architecture.identity), *parts)
         self._architecture = architecture
         self._device = device
+        self._batch = features_batch(BATCH_IMAGES)
         with torch.device("meta"):  # no initialisation, which would draw from the global generator
             self._network = architecture.build()
         state = {name: torch.from_numpy(np.array(array)) for name, array in weights.items()}
         self._network.load_state_dict(state, assign=True)
         self._network.to(device).eval()
 
-    def extract(self, images: Images, batch_size: int = 512) -> Features:
+    def extract(self, images: Images, batch_size: int | None = None) -> Features:
         """Features of `images` `(n_images, *image_shape)`: embeddings `(n_images, n_dims)` and probabilities.
 
         Raises:
             BehaviorError: The images are not of the size that the classifier was trained on.
+            OutOfMemory: Not even one image fits into memory.
         """
         check_images(images)
         if images.shape[1:] != self._architecture.image_shape:
@@ -80,7 +90,8 @@ class ClassifierExtractor:
                 f"{images.shape[1:]}. Measure images of the size of the training set, or train another "
                 "classifier."
             )
-        return Features(images, *forward(self._network, self._architecture, images, self._device, batch_size))
+        batch = self._batch if batch_size is None else features_batch(batch_size)
+        return Features(images, *forward(self._network, self._architecture, images, self._device, batch))
 
 
 def train_or_load_classifier(
@@ -111,7 +122,8 @@ def train_or_load_classifier(
         recipe: How to train; `recipe_for` chooses if None.
 
     Raises:
-        BehaviorError: `images` is not uint8 of shape `(n_images, height, width, 1 or 3)`.
+        BehaviorError: `images` is not uint8 of shape `(n_images, height, width, 1 or 3)`; or the network cannot be
+            written, as on a full disk.
         DataError: The labels do not fit the images or the names, or there is too little to learn from.
     """
     check_images(images)
@@ -132,7 +144,14 @@ def train_or_load_classifier(
             folder.rename(aside)
             _log.warning("%s It was moved to %s, and the classifier is trained again.", error, aside)
     architecture, weights, score = train_classifier(images, labels.astype(np.int64), seed, device, recipe)
-    write_artifact(folder, weights, {"architecture": architecture.identity, **score})
+    try:
+        write_artifact(folder, weights, {"architecture": architecture.identity, **score})
+    except OSError as error:
+        room = room_sentence(folder, sum(array.nbytes for array in weights.values()))
+        raise BehaviorError(
+            f"The classifier cannot be kept in {folder} ({error}; {room}). Free some space, or choose another folder "
+            "with the environment variable TRIBUTE_CACHE, and run the same command again."
+        ) from error
     # Read back rather than used as trained: if another process was faster, all use its network.
     return _load_classifier(folder, label_names, device)
 

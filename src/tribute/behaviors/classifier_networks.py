@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from tribute import pulse
 from tribute.data.tensors import release_pages
+from tribute.memory import FittingBatch
 from tribute.types import Images
 
 if TYPE_CHECKING:
@@ -102,6 +103,10 @@ FEW_PHOTOGRAPHS = ClassifierRecipe(
     version=2,
 )
 """For less than ten thousand colour images: fewer weights, smaller batches, an optimizer that minds its rate less."""
+
+
+BATCH_IMAGES = 512
+"""Images that a classifier looks at at once."""
 
 
 def recipe_for(image_shape: tuple[int, int, int], n_images: int) -> ClassifierRecipe:
@@ -210,20 +215,23 @@ class Architecture:
 
 
 def forward(
-    network: nn.ModuleDict, architecture: Architecture, images: Images, device: str, batch_size: int = 512
+    network: nn.ModuleDict, architecture: Architecture, images: Images, device: str, batch: FittingBatch
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Embeddings `(n_images, embedding_width)` and probabilities `(n_images, n_classes)`."""
     import torch
 
     embeddings = np.empty((len(images), architecture.embedding_width), np.float32)
     probabilities = np.empty((len(images), architecture.n_classes), np.float32)
+
+    def look_at(items: range) -> None:
+        pulse.beat()
+        rows = slice(items.start, items.stop)
+        embedded = network["trunk"](architecture.pixels(images[rows], device))
+        embeddings[rows] = embedded.cpu().numpy()
+        probabilities[rows] = network["head"](embedded).softmax(dim=1).cpu().numpy()
+
     with torch.inference_mode():
-        for start in range(0, len(images), batch_size):
-            pulse.beat()
-            batch = slice(start, start + batch_size)
-            embedded = network["trunk"](architecture.pixels(images[batch], device))
-            embeddings[batch] = embedded.cpu().numpy()
-            probabilities[batch] = network["head"](embedded).softmax(dim=1).cpu().numpy()
+        batch.map(len(images), look_at)
     return embeddings, probabilities
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tribute import pulse
-from tribute.behaviors.classifier_networks import Architecture, ClassifierRecipe, forward
+from tribute.behaviors.classifier_networks import BATCH_IMAGES, Architecture, ClassifierRecipe, forward
+from tribute.behaviors.features import features_batch
 from tribute.data.tensors import gather
 from tribute.seeding import numpy_stream, stream_seed, torch_stream
 from tribute.types import Images
@@ -76,7 +77,7 @@ def train_classifier(
 
     network.eval()
     held_rows = np.flatnonzero(held_out)
-    _, probabilities = forward(network, architecture, gather(images, held_rows), device)
+    _, probabilities = forward(network, architecture, gather(images, held_rows), device, features_batch(BATCH_IMAGES))
     accuracy = float((probabilities.argmax(axis=1) == labels[held_rows]).mean())
     _log.info(
         "Classifier trained in %d steps, %.0f s: accuracy %.4f on %d held out",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ import numpy.typing as npt
 
 from tribute.data.tensors import release_pages
 from tribute.errors import BehaviorError
+from tribute.files import remove_leftovers, unfinished_path
+from tribute.memory import FittingBatch
 from tribute.types import Images
 
 
@@ -104,6 +105,13 @@ def check_images(images: Images) -> None:
         )
 
 
+def features_batch(batch_size: int) -> FittingBatch:
+    """How many images an extractor looks at at once: as many as asked for while they fit into memory."""
+    return FittingBatch(
+        batch_size, "features of images", setting="Use a device with more memory, or another feature extractor"
+    )
+
+
 def content_hash(*parts: npt.NDArray[Any] | str) -> str:
     """SHA-256 of arrays and strings, with dtypes and shapes; memory-mapped arrays are read in blocks."""
     digest = hashlib.sha256()
@@ -132,7 +140,8 @@ def write_artifact(folder: Path, arrays: Mapping[str, npt.NDArray[Any]], facts: 
     payload = save({name: np.asarray(array, order="C") for name, array in arrays.items()})
     record = {"facts": facts, "facts_sha256": _facts_hash(facts)}
     record["arrays_sha256"] = hashlib.sha256(payload).hexdigest()
-    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    remove_leftovers(folder.parent, of=folder)
+    beside = unfinished_path(folder)
     beside.mkdir()
     try:
         (beside / "arrays.safetensors").write_bytes(payload)

@@ -23,7 +23,7 @@ from tribute.behaviors.features import (
 )
 from tribute.data.tensors import array_sha256
 from tribute.errors import BehaviorError, MixedResultsError
-from tribute.files import sha256_of_file, write_whole_dir
+from tribute.files import remove_leftovers, room_sentence, sha256_of_file, write_whole_dir
 from tribute.seeding import numpy_stream
 from tribute.types import Images
 
@@ -211,12 +211,13 @@ def _open_or_extract(folder: Path, images: Images, extractor: FeatureExtractor) 
                     return _read_embeddings(folder, len(images))  # another process made them meanwhile
                 except (OSError, ValueError, KeyError, TypeError) as damage:
                     _move_aside(folder, damage)
+            remove_leftovers(folder.parent, of=folder)
             write_whole_dir(folder, lambda partial: _write_embeddings(partial, images, extractor))
             return _read_embeddings(folder, len(images))
     except OSError as error:
         raise BehaviorError(
-            f"Features of the real images cannot be kept in {folder} ({error}). Free some space, or choose another "
-            "folder with the environment variable TRIBUTE_CACHE."
+            f"Features of the real images cannot be kept in {folder} ({error}; {room_sentence(folder)}). Free some "
+            "space, or choose another folder with the environment variable TRIBUTE_CACHE."
         ) from error
 
 

@@ -10,10 +10,15 @@ COMMANDS = {
     "plan": "what a study will cost: measured here, before it starts",
     "pilot": "do fine-tuning and retraining agree on a few coalitions? Before the study",
     "data": "check training data before anything expensive (tribute data check)",
+    "status": "where a study stands, and its attributions by now; at any moment, also beside run",
+    "retry": "make failed evaluations of a study claimable again",
+    "reset": "throw away the results of a stage of a study, and of all that depends on it",
+    "gc": "list, and delete, what a study or the cache no longer needs",
     "train": "train, retrain or fine-tune a model (main.py)",
     "prune": "prune a trained model (prune.py)",
     "unlearn": "a coalition's model and its behavior, recorded in a store (unlearn.py)",
     "lds": "fit attributions to a store and prove them on retrained models (lds.py)",
+    "report": "one HTML page: credit, how sure it is, its proof, cost, payout",
     "verify": "compare a run with its manifest: hashes, attributions, LDS, measurements",
     "export": "write a store as JSONL in the published layout or as CSV, or a model as a diffusers folder",
     "import": "read JSONL of the published layout into a store",
@@ -66,6 +71,8 @@ def _dispatch(command: str, arguments: list[str], prog: str) -> None:
 
     from tribute.cli import signals
     from tribute.errors import TributeError, printable
+    from tribute.files import is_disk_full
+    from tribute.memory import brief, is_out_of_memory
 
     try:
         with signals.stop_on_signals():
@@ -81,3 +88,14 @@ def _dispatch(command: str, arguments: list[str], prog: str) -> None:
     except BrokenPipeError:  # e.g. `tribute lds ... | head`
         sys.stderr.close()
         sys.exit(141)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: memory does not suffice: {printable(brief(error))}; free the device", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        where = f" ({printable(str(error.filename))})" if error.filename else ""
+        print(f"error: the disk is full{where}; free some space and run the same command again", file=sys.stderr)
+        sys.exit(1)

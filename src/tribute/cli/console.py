@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from tribute.errors import printable
+from tribute.errors import ConfigError, printable
 
 if TYPE_CHECKING:  # it brings PyTorch, for which commands that only compute would wait
     from tribute.diffusion.train import Progress
@@ -61,6 +61,45 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 def print_line(text: str) -> None:
     """Plain text, on one line unless it has line feeds; what a terminal would obey is escaped."""
     console.print(printable(text), markup=False, soft_wrap=True)
+
+
+def confirm(question: str, *, yes: bool) -> bool:
+    """Ask at the terminal; `yes` answers for the user.
+
+    Args:
+        question: What is about to happen, as a question.
+        yes: The answer was given on the command line (`--yes`).
+
+    Returns:
+        Whether to go on; an empty answer means no.
+
+    Raises:
+        ConfigError: There is nobody to ask.
+    """
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise ConfigError(f"{question} Expected an answer, and there is no terminal to ask at. Give --yes to go on")
+    try:
+        answer = console.input(escape(printable(f"{question} [y/N] ")))
+    except EOFError:
+        return False
+    return answer.strip().lower() in ("y", "yes")
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds as text for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size_text(n_bytes: int) -> str:
+    """Bytes as text for people, in powers of ten."""
+    for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= divisor:
+            return f"{n_bytes / divisor:.1f} {unit}"
+    return f"{n_bytes} bytes"
 
 
 def interval_text(low: float, high: float) -> str:

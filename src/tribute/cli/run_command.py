@@ -80,6 +80,10 @@ def run(argv: Sequence[str], prog: str) -> None:
     for item in result.behaviors:
         print_behavior(item, result)
     print_timings(result)
+    if result.set_aside:
+        roles = ", ".join(f"{role} {n}" for role, n in sorted(result.set_aside.items()))
+        n_failed = sum(result.set_aside.values())
+        print_line(f"  without {n_failed} evaluations that failed ({roles}); run again to try them again")
     for path in write_outputs(result):
         print_line(f"wrote {path}")
 

@@ -168,6 +168,8 @@ def _ask(idle: SimpleQueue[subprocess.Popen[bytes]], batch: Sequence[Encoded], r
         array = np.empty((len(batch), *shape), dtype=dtype)
         _receive_into(process.stdout, memoryview(array.view(np.uint8).reshape(-1).data))
     except (OSError, EOFError) as error:
+        with suppress(subprocess.TimeoutExpired):  # its pipes are closed, but it may not have been waited for
+            process.wait(timeout=5)
         raise DataError(
             f"a process that decodes images ended early (status {process.poll()}), perhaps for lack of memory; "
             "run the same again with fewer processors"

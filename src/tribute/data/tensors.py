@@ -25,7 +25,7 @@ import numpy.typing as npt
 from tribute.data.contributors import ContributorTable
 from tribute.data.known_hashes import KnownHashes
 from tribute.errors import DataError
-from tribute.files import write_whole_dir
+from tribute.files import room_sentence, write_whole_dir
 from tribute.types import CoalitionMask, Images
 
 logger = logging.getLogger(__name__)
@@ -273,7 +273,8 @@ def write_tensor_cache(
         write_whole_dir(cache_dir, write)
     except OSError as error:
         raise DataError(
-            f"tensor cache {cache_dir}: cannot be written ({error}); free some space or choose another folder"
+            f"tensor cache {cache_dir}: cannot be written ({error}; {room_sentence(cache_dir)}); free some space or "
+            "choose another folder"
         ) from error
 
 
@@ -362,7 +363,8 @@ def open_or_build(cache_dir: Path, open_cache: Callable[[Path], CacheT], build: 
                 build(Path(scratch))
     except OSError as error:
         raise DataError(
-            f"tensor cache {cache_dir}: cannot be written ({error}); choose another cache folder"
+            f"tensor cache {cache_dir}: cannot be written ({error}; {room_sentence(cache_dir)}); free some space or "
+            "choose another cache folder"
         ) from error
     return open_cache(cache_dir)
 

@@ -12,6 +12,7 @@ import torch
 from tribute import pulse
 from tribute.diffusion.loss import predict
 from tribute.errors import ConfigError
+from tribute.memory import FittingBatch
 from tribute.seeding import torch_stream
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def image_losses(
     labels: torch.Tensor | None = None,
     batch_size: int = 128,
     fill_up: bool = False,
+    batch: FittingBatch | None = None,
 ) -> ImageLosses:
     """Denoising losses of images, estimated at `n_noises` noise levels each.
 
@@ -62,9 +64,11 @@ def image_losses(
         labels: `(n_images,)` int64, for a class-conditional model.
         batch_size: Draws per forward pass.
         fill_up: Fill up a last batch that is smaller, for a network that is compiled for one batch size.
+        batch: As `batch_size`, remembered from one call to the next: halved where the draws do not fit into memory.
 
     Raises:
         ConfigError: There are no draws.
+        OutOfMemory: Not even one draw fits into memory.
     """
     if n_noises < 1:
         raise ConfigError(f"n_noises: expected at least 1 draw of noise for each image, found {n_noises}")
@@ -74,16 +78,14 @@ def image_losses(
     n_images = len(clean)
     image_idx = np.repeat(np.arange(n_images), n_noises)
     draw_idx = np.tile(np.arange(n_noises), n_images)
-    errors: list[torch.Tensor] = []
-    weighted: list[torch.Tensor] = []
-    was_training = model.training
-    model.eval()
-    for start in range(0, len(image_idx), batch_size):
+    fitting = batch or losses_batch(batch_size)
+
+    def losses_of(items: range) -> tuple[torch.Tensor, torch.Tensor]:
         pulse.beat()
-        rows, draws = image_idx[start : start + batch_size], draw_idx[start : start + batch_size]
+        rows, draws = image_idx[items.start : items.stop], draw_idx[items.start : items.stop]
         n_rows = len(rows)
         if fill_up:
-            n_missing = min(batch_size, len(image_idx)) - n_rows
+            n_missing = min(fitting.size, len(image_idx)) - n_rows
             rows, draws = (np.pad(idx, (0, n_missing), mode="edge") for idx in (rows, draws))
         timesteps, noise = image_draws(rows, draws, n_noises, n_levels, noise_seed, clean)
         timesteps, noise = timesteps.to(device), noise.to(device)
@@ -93,14 +95,28 @@ def image_losses(
         prediction = predict(model, noisy, timesteps, row_labels).float()
         predicted_noise = noise_of_prediction(noise_schedule, prediction, noisy, timesteps)
         error = (predicted_noise - noise).double().square().flatten(1).mean(1)
-        errors.append(error[:n_rows].cpu())
-        weighted.append((weights[timesteps] * error)[:n_rows].cpu())
-    model.train(was_training)
+        return error[:n_rows].cpu(), (weights[timesteps] * error)[:n_rows].cpu()
 
-    def per_image(parts: list[torch.Tensor]) -> npt.NDArray[np.float64]:
-        return torch.cat(parts).reshape(n_images, n_noises).mean(1).numpy()
+    was_training = model.training
+    model.eval()
+    try:
+        parts = fitting.map(len(image_idx), losses_of)
+    finally:
+        model.train(was_training)
 
-    return ImageLosses(simple=per_image(errors), elbo=n_levels * per_image(weighted))
+    def per_image(losses: list[torch.Tensor]) -> npt.NDArray[np.float64]:
+        return torch.cat(losses).reshape(n_images, n_noises).mean(1).numpy()
+
+    return ImageLosses(
+        simple=per_image([simple for simple, _ in parts]), elbo=n_levels * per_image([elbo for _, elbo in parts])
+    )
+
+
+def losses_batch(batch_size: int) -> FittingBatch:
+    """How many draws are computed at once: as many as asked for while they fit into memory."""
+    return FittingBatch(
+        batch_size, "denoising losses of images", setting="Use a device with more memory, or a smaller network"
+    )
 
 
 def noise_of_prediction(

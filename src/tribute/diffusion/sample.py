@@ -14,6 +14,7 @@ from tribute.config import NoiseScheduleConfig, RuntimeConfig, SampleConfig
 from tribute.diffusion.loss import predict
 from tribute.diffusion.preflight import check_precision
 from tribute.errors import ConfigError
+from tribute.memory import FittingBatch
 from tribute.models.build import build_ddim_scheduler, check_classes
 from tribute.models.runtime import prepare_network
 from tribute.seeding import torch_stream
@@ -28,6 +29,16 @@ _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 MIN_BATCH = 16
 """Smaller batches are padded: matrix products of 1 to 15 rows round differently from longer ones (MKL, measured)."""
+
+
+def sampling_batch(batch_size: int) -> FittingBatch:
+    """How many images are generated at once: as many as asked for while they fit into memory."""
+    return FittingBatch(
+        batch_size,
+        "generating images",
+        setting="Use a device with more memory, or a smaller network",
+        exact_from=MIN_BATCH,
+    )
 
 
 def initial_noise(noise_seed: int, image_idx: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
@@ -62,6 +73,7 @@ def sample_images(
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
     on_batch: Callable[[int], None] | None = None,
     runtime: RuntimeConfig | None = None,
+    batch: FittingBatch | None = None,
 ) -> Images:
     """Generate images from a model.
 
@@ -79,12 +91,15 @@ def sample_images(
             model of pixels.
         on_batch: Called with the number of images done, after each batch.
         runtime: How the model computes.
+        batch: How many images at once, remembered from one call to the next; None begins with `config.batch_size`.
+            Where they do not fit into memory, half as many are tried, down to 1.
 
     Returns:
         `(n_images, height, width, channels)` uint8.
 
     Raises:
         ConfigError: The device does not have the precision asked for.
+        OutOfMemory: Not even one image fits.
     """
     runtime = runtime or RuntimeConfig()
     image_idx = range(config.n_samples) if image_idx is None else image_idx
@@ -94,14 +109,15 @@ def sample_images(
     shape = (unet_config["in_channels"], unet_config["sample_size"], unet_config["sample_size"])
     check_precision(config.mixed_precision, device.type)
     prepare_network(model, runtime)
-    # A compiled network is compiled for one batch size, so a last batch that is smaller is filled up.
-    min_batch = max(MIN_BATCH, min(config.batch_size, len(image_idx)) if runtime.compile else 0)
+    fitting = batch or sampling_batch(config.batch_size)
     autocast = torch.autocast(device.type, _DTYPES[config.mixed_precision], enabled=config.mixed_precision != "no")
-    was_training = model.training
-    model.eval()
-    batches = []
-    for start in range(0, len(image_idx), config.batch_size):
-        idx = image_idx[start : start + config.batch_size]
+
+    def generate(positions: range) -> Images:
+        idx = image_idx[positions.start : positions.stop]
+        # A compiled network is compiled for one batch size, so a last batch that is smaller is filled up.
+        min_batch = max(MIN_BATCH, min(fitting.size, len(image_idx)) if runtime.compile else 0)
+        if fitting.was_halved:
+            min_batch = min(min_batch, fitting.size)  # what does not fit must not be filled up to its old size
         sampler = build_sampler(config, noise_schedule)
         sampler.set_timesteps(config.num_inference_steps)
         padded_idx = [*idx, *[idx[0]] * (min_batch - len(idx))]
@@ -114,11 +130,17 @@ def sample_images(
             with autocast:
                 prediction = guided_prediction(model, images, timestep, labels, config.guidance_scale)
             images = sampler.step(prediction.float(), timestep, images, return_dict=False)[0]
-        batches.append(to_uint8((decode or _identity)(images)[: len(idx)]))
+        generated = to_uint8((decode or _identity)(images)[: len(idx)])
         if on_batch is not None:
-            on_batch(min(start + config.batch_size, len(image_idx)))
-    model.train(was_training)
-    return np.concatenate(batches)
+            on_batch(positions.stop)
+        return generated
+
+    was_training = model.training
+    model.eval()
+    try:
+        return np.concatenate(fitting.map(len(image_idx), generate))
+    finally:
+        model.train(was_training)
 
 
 def check_inference_steps(config: SampleConfig, noise_schedule: NoiseScheduleConfig) -> None:

@@ -30,7 +30,8 @@ from tribute.diffusion.examples import PixelExamples, TrainingExamples
 from tribute.diffusion.loss import denoising_loss, draw_timesteps
 from tribute.diffusion.preflight import check_batch_size, check_optimizer, check_precision
 from tribute.diffusion.processes import Processes
-from tribute.errors import CheckpointError, ConfigError, MixedResultsError, StoppedEarly, TributeError
+from tribute.errors import CheckpointError, ConfigError, MixedResultsError, OutOfMemory, StoppedEarly, TributeError
+from tribute.memory import brief, free_memory, is_out_of_memory
 from tribute.models.build import build_noise_schedule, check_classes
 from tribute.models.checkpoint import (
     Checkpoint,
@@ -231,9 +232,32 @@ class Trainer:
 
         Raises:
             TributeError: The loss is not finite; the message names the step.
+            OutOfMemory: A batch does not fit into memory. It is not made smaller: that would change every draw of
+                random numbers, and with them what is trained.
             MixedResultsError: The folder holds a run with other settings.
             StoppedEarly: `checkpoints.stop_early` said so; the run can be resumed.
         """
+        try:
+            return self._train(model, example_idx, config, checkpoints, on_log, log_freq)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            shortage = brief(error)
+        # Only here: the exception, gone by now, kept what the step had allocated.
+        model.zero_grad(set_to_none=True)
+        free_memory()
+        raise OutOfMemory(_too_large(config, self.runtime, shortage, saves=checkpoints is not None))
+
+    def _train(
+        self,
+        model: torch.nn.Module,
+        example_idx: npt.NDArray[np.int64],
+        config: TrainConfig,
+        checkpoints: CheckpointPolicy | None,
+        on_log: Callable[[Progress], None] | None,
+        log_freq: int,
+    ) -> TrainResult:
+        """As `train`, with the errors of allocators."""
         accelerator = self.accelerator
         if len(example_idx) == 0:
             raise ConfigError("expected at least one training example, found none")
@@ -304,6 +328,8 @@ class Trainer:
             if found is not None:
                 first_step = _resume(found, raw_model, ema, optimizer, config, checkpoints)
                 seconds_before = float(found.meta["seconds_train"])
+                if not checkpoints.keep_all and accelerator.is_main_process:
+                    delete_older(checkpoints.folder, found.path)  # a killed process may not have come to it
         started = time.perf_counter()
         report_started, report_step = started, first_step
         losses: list[torch.Tensor] = []
@@ -499,6 +525,21 @@ def _build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim
         return getattr(bitsandbytes.optim, config.optimizer.name)(model.parameters(), **settings)
     optimizer_class = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[config.optimizer.name]
     return optimizer_class(model.parameters(), foreach=True, **settings)
+
+
+def _too_large(config: TrainConfig, runtime: RuntimeConfig, shortage: str, *, saves: bool) -> str:
+    """What to do about a batch that does not fit, beginning with what leaves the result as it is."""
+    ways = []
+    if not runtime.gradient_checkpointing:
+        ways.append("set runtime.gradient_checkpointing, which changes results by rounding only and takes longer")
+    ways.append(
+        f"divide batch_size ({config.batch_size}) and multiply gradient_accumulation_steps "
+        f"({config.gradient_accumulation_steps}) by the same number, which is another study"
+    )
+    if not config.optimizer.is_8bit:
+        ways.append("set use_8bit_optimizer, which is another study, too")
+    saved = " What is saved already is kept." if saves else ""
+    return f"training: a batch does not fit into memory ({shortage}). Free the device, or {'; or '.join(ways)}.{saved}"
 
 
 def _has_finite_weights(model: torch.nn.Module) -> bool:

@@ -28,7 +28,7 @@ import torch
 
 from tribute.config import UNetConfig, fingerprint
 from tribute.errors import CheckpointError
-from tribute.files import sha256_of_file, write_whole_dir
+from tribute.files import room_sentence, sha256_of_file, write_whole_dir
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
@@ -121,9 +121,12 @@ def save_checkpoint(
     try:
         write_whole_dir(target, write)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        parts = [tensors.values() for tensors in (unet, ema, training_state) if tensors is not None]
+        n_bytes = sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part)
         raise CheckpointError(
-            f"the checkpoint {target} could not be written ({error}); earlier checkpoints are untouched. "
-            "Free space or choose another --outdir, then run the same command again to resume"
+            f"the checkpoint {target} could not be written ({error}; {room_sentence(folder, n_bytes)}); earlier "
+            "checkpoints are untouched. Free space or choose another --outdir, then run the same command again to "
+            "resume"
         ) from error
     return target
 

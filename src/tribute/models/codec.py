@@ -19,6 +19,7 @@ import torch
 from tribute.config import CodecConfig, UNetConfig, fingerprint
 from tribute.errors import CheckpointError, ConfigError
 from tribute.files import sha256_of_file
+from tribute.memory import FittingBatch
 from tribute.models.hub import WEIGHTS_NAME, NotOnTheHub, download_snapshot, find_pickle, parse_hub_id
 
 if TYPE_CHECKING:
@@ -156,7 +157,8 @@ class Codec:
     def __init__(self, model: VQModel | AutoencoderKL, files: CodecFiles, batch_size: int) -> None:
         self.model = model
         self.files = files
-        self.batch_size = batch_size
+        self._encoding = _codec_batch(batch_size, "encoding images")
+        self._decoding = _codec_batch(batch_size, "decoding latents")
 
     @torch.inference_mode()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -169,16 +171,23 @@ class Codec:
             `(n, stored_channels, height / factor, width / factor)`: of a VQ codec the latents before
             quantisation, of a KL codec the means and then the log-variances of the posterior.
         """
-        return torch.cat([self._encode(batch.to(self.model.device)).cpu() for batch in images.split(self.batch_size)])
+
+        def encoded(rows: range) -> torch.Tensor:
+            return self._encode(images[rows.start : rows.stop].to(self.model.device)).cpu()
+
+        return torch.cat(self._encoding.map(len(images), encoded))
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images `(n, channels, height, width)`, about in [-1, 1], of scaled latents, on their device."""
         scale, shift = self.files.scaling_factor, self.files.shift
         model: Any = self.model  # diffusers annotates latents as a type that tensors do not have
-        batches = (latents / scale + shift).split(self.batch_size)
-        decoded = [model.decode(batch.to(model.device), return_dict=False)[0] for batch in batches]
-        return torch.cat(decoded).to(latents.device)
+        unscaled = latents / scale + shift
+
+        def decoded(rows: range) -> torch.Tensor:
+            return model.decode(unscaled[rows.start : rows.stop].to(model.device), return_dict=False)[0]
+
+        return torch.cat(self._decoding.map(len(latents), decoded)).to(latents.device)
 
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
         scale, shift = self.files.scaling_factor, self.files.shift
@@ -186,6 +195,10 @@ class Codec:
         if not self.files.has_posterior:
             return (encoded - shift) * scale
         return torch.cat([(encoded.mean - shift) * scale, encoded.logvar + 2 * math.log(scale)], dim=1)
+
+
+def _codec_batch(batch_size: int, what: str) -> FittingBatch:
+    return FittingBatch(batch_size, what, setting="Use a device with more memory")
 
 
 def load_codec(files: CodecFiles, *, batch_size: int = 8, device: torch.device | str = "cpu") -> Codec:

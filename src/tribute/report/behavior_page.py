@@ -1,4 +1,4 @@
-"""What a report says about one behavior: credit, how sure it is, its proof, convergence, and the status quo beside it."""
+"""What a report says about one behavior: credit, how sure it is, its proof, convergence, the status quo."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MAX_LINES = 5
 """Contributors in the chart of convergence."""
 
 PREFIXES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
-FEW_PREFIXES = (1 / 8, 1 / 4, 1 / 2, 1.0)
+FEW_PREFIXES = (1 / 4, 1 / 2, 1.0)
 """Parts of the fit coalitions to which credit is fitted again; fewer where a fit takes long."""
 
 MANY_COALITIONS = 600
@@ -335,7 +335,7 @@ def _credit_rows(about: Measured) -> tuple[WhiskerAxis, list[CreditRow]]:
     fitted, intervals = about.fitted, about.fitted.intervals()
     axis, whiskers = charts.whiskers(fitted.values, intervals, about.direction)
     rows = []
-    for place, i in enumerate(about.order):
+    for place, i in enumerate(about.order.tolist()):
         low, high = intervals[i]
         verdict = "helps" if about.is_clear(int(i), 1) else "harms" if about.is_clear(int(i), -1) else "unclear"
         rows.append(
@@ -345,11 +345,11 @@ def _credit_rows(about: Measured) -> tuple[WhiskerAxis, list[CreditRow]]:
                 name=about.names[i],
                 n_examples=about.n_examples[i],
                 value=float(fitted.values[i]),
-                value_text=fixed(fitted.values[i], about.decimals, signed=True),
-                interval_text=between(low, high, about.decimals, signed=True),
+                value_text=fixed(float(fitted.values[i]), about.decimals, signed=True),
+                interval_text=between((low, high), about.decimals, signed=True),
                 half_width=float((high - low) / 2) if math.isfinite(low) else math.inf,
                 share=float(about.shares[i]) if math.isfinite(about.shares[i]) else 0.0,
-                share_text=percent(about.shares[i]),
+                share_text=percent(float(about.shares[i])),
                 rank_low=int(about.ranks[i, 0]),
                 rank_high=int(about.ranks[i, 1]),
                 whisker=whiskers[i],
@@ -363,7 +363,7 @@ def _neighbors(about: Measured) -> list[NeighborRow]:
     """Every pair of neighbours in the ranking, the best first."""
     estimates, intervals = differences(about.fitted)
     rows = []
-    for place, (i, j) in enumerate(zip(about.order[:-1], about.order[1:], strict=True)):
+    for place, (i, j) in enumerate(zip(about.order[:-1].tolist(), about.order[1:].tolist(), strict=True)):
         value, bounds = about.direction * estimates[i, j], np.sort(about.direction * intervals[i, j])
         rows.append(
             NeighborRow(
@@ -371,8 +371,8 @@ def _neighbors(about: Measured) -> list[NeighborRow]:
                 about.names[j],
                 place + 1,
                 float(value),
-                fixed(value, about.decimals),
-                between(*bounds, about.decimals),
+                fixed(float(value), about.decimals),
+                between(bounds, about.decimals),
                 bool(bounds[0] > 0),
             )
         )
@@ -431,7 +431,7 @@ def _cautions(about: Measured, validation: Validation | None) -> list[Sentence]:
                 "The proof fails: the {lds} interval, {interval}, does not lie above zero, so this credit is not shown "
                 "to predict retrained models better than chance.",
                 lds=term("LDS", "lds"),
-                interval=number(between(*(100 * validation.score.interval), 0), "lds"),
+                interval=number(between(100 * validation.score.interval, 0), "lds"),
             )
         )
     if not about.shares_mean_something:
@@ -445,8 +445,8 @@ def _cautions(about: Measured, validation: Validation | None) -> list[Sentence]:
     elif (about.fitted.values * about.direction < 0).any() and np.nanmax(np.abs(about.shares)) > 1:
         found.append(
             say(
-                "Good and bad credit nearly cancel, so {shares} exceed 100\u00a0% and change much when estimates change "
-                "a little.",
+                "Good and bad credit nearly cancel, so {shares} exceed 100\u00a0% and change much when estimates "
+                "change a little.",
                 shares=term("shares", "share"),
             )
         )
@@ -483,7 +483,7 @@ def _proof(key: str, about: Measured, result: BehaviorResult, validation: Valida
             " Retraining the same models once more, with other random numbers, predicts them with {ceiling} "
             "({interval}): the {word}.",
             ceiling=number(fixed(100 * ceiling.value, 0), "ceiling"),
-            interval=number(between(*(100 * ceiling.interval), 0), "ceiling"),
+            interval=number(between(100 * ceiling.interval, 0), "ceiling"),
             word=term("ceiling", "ceiling"),
         )
     summary = say(
@@ -493,7 +493,7 @@ def _proof(key: str, about: Measured, result: BehaviorResult, validation: Valida
         lds=term("LDS", "lds"),
         score=number(fixed(100 * score.mean, 0), "lds"),
         interval_term=term("95\u00a0% interval", "interval"),
-        interval=number(between(low, high, 0), "lds"),
+        interval=number(between((low, high), 0), "lds"),
         repeated=repeated,
     )
     notes = [say("{reason}.", reason=score.undefined_reason)] if score.undefined_reason else []
@@ -516,7 +516,7 @@ def _proof(key: str, about: Measured, result: BehaviorResult, validation: Valida
                 number=i + 1,
                 n_present=int(result.test_masks[i].sum()),
                 predicted=float(predicted[i]),
-                predicted_text=fixed(predicted[i], decimals),
+                predicted_text=fixed(float(predicted[i]), decimals),
                 measured=float(measured[:, i].mean()),
                 measured_text=fixed(measured[:, i].mean(), decimals),
                 per_seed_text=", ".join(fixed(value, decimals) for value in measured[:, i]),
@@ -534,12 +534,12 @@ def _kernel_row(kernel: str, fitted: Attributions, found: Validation) -> KernelR
         n_coalitions=fitted.n_coalitions,
         lds=float(score.mean),
         lds_text=fixed(100 * score.mean, 1),
-        interval_text=between(*(100 * score.interval), 1),
+        interval_text=between(100 * score.interval, 1),
         averaged_text=fixed(100 * score.averaged, 1),
         less_shapley_text="\u2013"
         if comparison is None
         else f"{fixed(100 * comparison.difference, 1, signed=True)} "
-        f"({between(*(100 * comparison.interval), 1, signed=True)})",
+        f"({between(100 * comparison.interval, 1, signed=True)})",
     )
 
 
@@ -581,9 +581,10 @@ def _convergence(
     shown = about.order[: min(MAX_LINES, len(about.order))]
     if len(about.order) > MAX_LINES:
         shown = np.append(about.order[: MAX_LINES - 1], about.order[-1])
+    places = shown.tolist()
     x = [float(size) for size, _ in found]
     series = []
-    for i in shown:
+    for i in places:
         bounds = np.array([fitted.intervals()[i] for _, fitted in found])
         series.append(
             Series(about.names[i], x, [float(f.values[i]) for _, f in found], list(bounds[:, 0]), list(bounds[:, 1]))
@@ -641,15 +642,13 @@ def _convergence(
     return Convergence(
         summary=summary,
         note=note,
-        shown=[about.names[i] for i in shown],
+        shown=[about.names[i] for i in places],
         rows=[
             ConvergenceRow(
                 size,
                 f"\u00b1{percent(width / 100)}",
-                f"{fixed(100 * score.mean, 1)} ({between(*(100 * score.interval), 1)})"
-                if score is not None
-                else "\u2013",
-                [fixed(fitted.values[i], about.decimals, signed=True) for i in shown],
+                f"{fixed(100 * score.mean, 1)} ({between(100 * score.interval, 1)})" if score is not None else "\u2013",
+                [fixed(fitted.values[i], about.decimals, signed=True) for i in places],
             )
             for (size, fitted), width, score in zip(found, widths, scores or [None] * len(found), strict=True)
         ],
@@ -673,15 +672,15 @@ def _pro_rata(key: str, about: Measured) -> ProRata | None:
             name=about.names[i],
             n_examples=about.n_examples[i],
             share=float(about.shares[i]),
-            share_text=percent(about.shares[i]),
-            interval_text=f"{between(*(100 * bounds[i]), 1)} %" if np.isfinite(bounds[i]).all() else "unknown",
+            share_text=percent(float(about.shares[i])),
+            interval_text=f"{between(100 * bounds[i], 1)} %" if np.isfinite(bounds[i]).all() else "unknown",
             by_examples=float(by_examples[i]),
-            by_examples_text=percent(by_examples[i]),
+            by_examples_text=percent(float(by_examples[i])),
             difference=float(gaps[i]),
-            difference_text=fixed(100 * gaps[i], 1, signed=True),
+            difference_text=fixed(100 * float(gaps[i]), 1, signed=True),
             is_outside=bool(outside[i]),
         )
-        for place, i in enumerate(about.order)
+        for place, i in enumerate(about.order.tolist())
     ]
     correlation = float(rank_correlation(by_examples, about.fitted.values * about.direction))
     summary = [

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from tribute.report.names import Label
+from tribute.report.names import Label, fitting
 from tribute.report.numbers import fixed
 
 Array = npt.NDArray[np.float64]
@@ -154,7 +154,7 @@ class WhiskerAxis:
 
 
 def whiskers(
-    values: Array, intervals: Array, direction: int, width: float = 190.0
+    values: Array, intervals: Array, direction: int, width: float = 170.0
 ) -> tuple[WhiskerAxis, list[Whisker]]:
     """The whiskers of the ranked table, by contributor, and their axis.
 
@@ -178,7 +178,7 @@ def whiskers(
                 "good" if value * direction >= 0 else "bad",
             )
         )
-    ticks = [(axis(value), text) for value, text in axis.ticks(3)]
+    ticks = [(axis(value), text) for value, text in axis.ticks(4)]
     return WhiskerAxis(_number(width), tuple((_number(x), text) for x, text in ticks if 12 <= x <= width - 12)), rows
 
 
@@ -191,7 +191,7 @@ def rank_chart(key: str, names: Sequence[Label], ranks: npt.NDArray[np.int64], n
         ranks: `(n, 2)`, first and last rank of those.
         n_contributors: Of the study, those that are not shown included.
     """
-    row, left, top = 19.0, 138.0, 26.0
+    row, left, top = 19.0, 142.0, 26.0
     chart = Chart(
         key,
         "Ranks that each contributor may hold",
@@ -226,7 +226,7 @@ def lds_chart(
         scores: Name, LDS and its interval, times 100.
         ceiling: Its value and interval, times 100.
     """
-    row, left, top = 26.0, 138.0, 30.0
+    row, left, top = 26.0, 158.0, 30.0
     said = "; ".join(
         f"{name} {fixed(mean, 0)}, {fixed(low, 0)} to {fixed(high, 0)}" for name, mean, low, high in scores
     )
@@ -271,7 +271,7 @@ def scatter_chart(key: str, predicted: Array, measured: Array, *, behavior: str)
     chart = Chart(
         key,
         f"Predicted and measured {behavior} of models that were retrained",
-        f"{len(predicted)} points, one per test coalition. Across: the prediction from the credit, {_range(predicted)}. "
+        f"{len(predicted)} points, one per test coalition. Across: the prediction, {_range(predicted)}. "
         f"Up: what was measured, {_range(mean)}. "
         + (f"Their correlation is {fixed(agreement, 2)}." if math.isfinite(agreement) else ""),
         WIDTH,
@@ -313,7 +313,7 @@ def line_chart(
         description: For those who do not see it; by default the first and the last numbers.
     """
     named = len(series) > 1
-    left, right, top, bottom = 52.0, WIDTH - (112.0 if named else 12.0), 16.0, 216.0
+    left, right, top, bottom = 52.0, WIDTH - (122.0 if named else 12.0), 16.0, 216.0
     ys = [y for item in series for part in (item.y, item.low, item.high) if part is not None for y in part]
     xs = [x for item in series for x in item.x]
     horizontal = Axis.over(xs, left, right, also=[0.0])
@@ -342,7 +342,7 @@ def line_chart(
         ends = [vertical(item.y[-1]) for item in series]
         for i, y in _spread(ends, 15.0, top + 4, bottom):
             chart.line(right + 4, ends[i], right + 14, y, f"lead s{i}")
-            chart.label(right + 17, y + 4, series[i].name.in_chart[:15], "name", title=series[i].name.full)
+            chart.label(right + 17, y + 4, fitting(series[i].name.in_chart, 8.6), "name", title=series[i].name.full)
     return chart
 
 
@@ -355,7 +355,7 @@ def share_chart(key: str, names: Sequence[Label], credit: Array, examples: Array
         credit: `(n,)`, fractions.
         examples: `(n,)`, fractions.
     """
-    row, left, top = 21.0, 138.0, 44.0
+    row, left, top = 21.0, 142.0, 44.0
     said = ", ".join(
         f"{name.isolated} {fixed(100 * a, 0)} and {fixed(100 * b, 0)}"
         for name, a, b in zip(names[:5], credit, examples, strict=False)
@@ -423,15 +423,14 @@ def _spread(wanted: Sequence[float], gap: float, top: float, bottom: float) -> I
 def _round_step(step: float) -> tuple[float, int]:
     """A round number of about this size, and the decimals that it needs."""
     power = math.floor(math.log10(step))
-    for factor in (1.0, 2.0, 5.0, 10.0):
-        if step <= factor * 10.0**power * 1.0001:
-            return factor * 10.0**power, max(0, -power - (1 if factor == 10.0 else 0))
-    raise AssertionError("a step has a leading digit")
+    leading = step / 10.0**power
+    factor = 1.0 if leading < 1.5 else 2.0 if leading < 3.5 else 5.0 if leading < 7.5 else 10.0
+    return factor * 10.0**power, max(0, -power - (1 if factor == 10.0 else 0))
 
 
 def _rank_ticks(n: int) -> list[int]:
     step = max(1, int(_round_step(n / 5)[0]))
-    return sorted({1, n, *(value for value in range(step, n, step) if 1 + step / 2 <= value <= n - step / 2)})
+    return sorted({1, n, *(value for value in range(step, n, step) if 1 + 0.75 * step <= value <= n - 0.75 * step)})
 
 
 def _rank_words(ranks: npt.NDArray[np.int64]) -> str:

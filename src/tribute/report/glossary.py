@@ -32,8 +32,8 @@ _TERMS = (
         "Attribution (credit)",
         "the unit of the behavior",
         "How much of a measured behavior is owed to a contributor: the Shapley value, which is the average of what the "
-        "contributor's examples add to all groups of others that they may join. The attributions of all contributors "
-        "sum to v(everybody) less v(nobody).",
+        "contributor\u2019s examples add to all groups of others that they may join. The attributions of all "
+        "contributors sum to v(everybody) less v(nobody).",
         "credit for the behavior, in its unit",
     ),
     Term(
@@ -109,8 +109,8 @@ _TERMS = (
         "v(everybody)",
         "the unit of the behavior",
         "The behavior of the model that has learned from all contributors, made by the same quick method as all "
-        "others: the sparse model, fine-tuned on everybody's data.",
-        "behavior with everybody's data, in its unit",
+        "others: the sparse model, fine-tuned on everybody\u2019s data.",
+        "behavior with everybody\u2019s data, in its unit",
     ),
     Term(
         "interval",
@@ -189,7 +189,7 @@ _TERMS = (
         "rank-interval",
         "Possible ranks",
         "ranks, 1 is best",
-        "First and last rank that a contributor may hold at the 95 % level, given the uncertainty of everybody's "
+        "First and last rank that a contributor may hold at the 95 % level, given the uncertainty of everybody\u2019s "
         "credit.",
         "ranks that are possible at the 95 % level",
     ),

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 MAX_SHOWN = 48
 """Characters of a name in tables and sentences; the rest is one click away."""
 
-MAX_IN_CHART = 22
-"""Characters of a name in a chart."""
+MAX_EMS_IN_CHART = 10.6
+"""Width of a name in a chart, in ems, as it is estimated."""
 
 NO_NAME = "(no name)"
 
@@ -30,7 +30,7 @@ class Label:
     Attributes:
         short: At most `MAX_SHOWN` characters, unlike that of any other contributor.
         full: The whole name.
-        in_chart: At most `MAX_IN_CHART` characters.
+        in_chart: At most `MAX_EMS_IN_CHART` wide.
     """
 
     short: str
@@ -76,6 +76,25 @@ def shortened(text: str, at_most: int) -> str:
     return text[:cut].rstrip() + "\u2026"
 
 
+def fitting(text: str, ems: float) -> str:
+    """The beginning of a text that is so wide, by estimate: no font is at hand here, and any may be in use."""
+    taken = 0.0
+    for i, char in enumerate(text):
+        taken += _ems(char)
+        if taken > ems:
+            return shortened(text, max(2, i))
+    return text
+
+
+def _ems(char: str) -> float:
+    """About the width of a character."""
+    if unicodedata.combining(char) or char in _JOINERS:
+        return 0.0
+    if unicodedata.east_asian_width(char) in "WF":
+        return 1.0
+    return 0.92 if char in "MWmw@%" else 0.72 if char.isupper() else 0.35 if char in "iljtfI.,:;'| " else 0.62
+
+
 def label(name: str) -> Label:
     """One name, with nobody to be confused with."""
     return labels([name])[0]
@@ -84,13 +103,15 @@ def label(name: str) -> Label:
 def labels(names: Sequence[str]) -> list[Label]:
     """Names of contributors as a page shows them; where two look alike, their numbers tell them apart."""
     full = [visible(name) for name in names]
-    found = {}
-    for what, at_most in (("short", MAX_SHOWN), ("in_chart", MAX_IN_CHART)):
-        cut = [shortened(name, at_most) for name in full]
-        times = Counter(cut)
-        found[what] = [
-            text if times[text] == 1 else f"{shortened(text, at_most - 6)} #{i + 1}" for i, text in enumerate(cut)
-        ]
-    times = Counter(full)
-    full = [text if times[text] == 1 else f"{text} #{i + 1}" for i, text in enumerate(full)]
-    return [Label(*parts) for parts in zip(found["short"], full, found["in_chart"], strict=True)]
+    short = _told_apart([shortened(name, MAX_SHOWN) for name in full], lambda text: shortened(text, MAX_SHOWN - 6))
+    in_chart = _told_apart(
+        [fitting(name, MAX_EMS_IN_CHART) for name in full], lambda text: fitting(text, MAX_EMS_IN_CHART - 3.0)
+    )
+    full = _told_apart(full, lambda text: text)
+    return [Label(*parts) for parts in zip(short, full, in_chart, strict=True)]
+
+
+def _told_apart(texts: Sequence[str], shorten: Callable[[str], str]) -> list[str]:
+    """Texts with their numbers where two are the same."""
+    times = Counter(texts)
+    return [text if times[text] == 1 else f"{shorten(text)} #{i + 1}" for i, text in enumerate(texts)]

@@ -38,8 +38,9 @@ def fixed(value: float | None, decimals: int, *, signed: bool = False) -> str:
     return sign + text
 
 
-def between(low: float, high: float, decimals: int, *, signed: bool = False) -> str:
-    """An interval: `0.1 to 0.3`; unknown where an end is."""
+def between(bounds: npt.ArrayLike, decimals: int, *, signed: bool = False) -> str:
+    """An interval `(2,)` as text: `0.1 to 0.3`; unknown where an end is."""
+    low, high = (float(bound) for bound in np.asarray(bounds, dtype=np.float64))
     if not (math.isfinite(low) and math.isfinite(high)):
         return "unknown"
     return f"{fixed(low, decimals, signed=signed)} to {fixed(high, decimals, signed=signed)}"

@@ -84,7 +84,7 @@ class Payout:
         negative: The policy for negative credit.
         unit: Smallest unit of the currency, e.g. 0.01.
         values: `(n_contributors,)` attributions, raw, in the unit of the behavior.
-        shares: `(n_contributors,)` fractions of the budget before rounding; they sum to 1, negative ones included.
+        shares: `(n_contributors,)` fractions of the budget before rounding, whose sum is 1; negative only if `signed`.
         amounts: `(n_contributors,)`; they sum to the budget exactly.
         intervals: `(n_contributors, 2)` 95 % intervals of the amounts before rounding, with the sum that is divided by
             held fixed; NaN where the attribution's interval is not known.

@@ -132,17 +132,16 @@ class Measured:
 def question(about: Measured, meaning: str, dataset: str) -> Sentence:
     """What was asked about one behavior."""
     better = "Higher" if about.direction > 0 else "Lower"
-    what = f" It says {meaning}." if meaning else ""
-    unit = f" It is measured in {about.unit}." if about.unit else " It has no unit."
+    unit = f"It is measured in {about.unit}." if about.unit else "It has no unit."
     return say(
-        "How much of the {behavior} {title} of images from a model trained on {dataset} is owed to each of its {n} "
-        "{contributors}?{what} {better} is better.{unit}",
-        behavior=term("behavior", "behavior"),
+        "How much of the {title} of the images that the model generates is owed to each of the {n} {contributors} to "
+        "its training data, {dataset}? The {title} is a {behavior}{what}. {better} is better. {unit}",
         title=about.title,
-        dataset=dataset,
         n=f"{len(about.names):,}",
         contributors=term("contributors", "contributor"),
-        what=what,
+        dataset=dataset,
+        behavior=term("behavior", "behavior"),
+        what=f": it says {meaning}" if meaning else " that this study defines",
         better=better,
         unit=unit,
     )
@@ -153,20 +152,22 @@ def answer(about: Measured) -> Sentence:
     leader = int(about.order[0])
     value = float(about.fitted.values[leader])
     low, high = about.fitted.intervals()[leader]
-    size = number(f"{fixed(abs(value), about.decimals)}{about.unit_words}", "attribution")
+    size = number(fixed(abs(value), about.decimals), "attribution")
+    unit = f", in {about.unit}" if about.unit else ", no unit"
     bounds = sorted(abs(x) for x in (low, high)) if low * high > 0 else (low, high)
     interval = [
         term("95\u00a0% interval", "interval"),
         Segment(" "),
-        number(between(*bounds, about.decimals), "interval"),
+        number(between(bounds, about.decimals), "interval"),
+        Segment(unit),
     ]
     if math.isnan(low):
-        interval = [term("95\u00a0% interval", "interval"), Segment(" not known")]
+        interval = [term("95\u00a0% interval", "interval"), Segment(f" not known{unit}")]
     nobody_clear = not any(about.is_clear(i, sign) for i in range(len(about.names)) for sign in (1, -1))
     if nobody_clear and not math.isnan(low):
         return say(
-            "Nobody\u2019s credit can be told from zero yet; the largest estimate is that of {leader}, whose {examples} "
-            "{verb} the {title} by {size} ({interval}).",
+            "Nobody\u2019s credit can be told from zero yet; the largest estimate is that of {leader}, whose "
+            "{examples} {verb} the {title} by {size} on average ({interval}).",
             leader=who(about.names[leader]),
             examples=_examples(about, leader),
             verb=about.verb if value * about.direction >= 0 else _opposite(about.verb),
@@ -191,7 +192,7 @@ def answer(about: Measured) -> Sentence:
             share=number(percent(about.shares[leader]), "share"),
         )
     return say(
-        "{leader} contributes most: {examples} {verb} the {title} by {size} ({interval}){share}; {certain}.",
+        "{leader} contributes most: {examples} {verb} the {title} by {size} on average ({interval}){share}; {certain}.",
         leader=who(about.names[leader]),
         examples=_examples(about, leader, "their "),
         verb=about.verb,
@@ -224,12 +225,12 @@ def context(about: Measured) -> list[Sentence]:
     better = (about.v_grand - about.v_empty) * about.direction > 0
     sentences = [
         say(
-            "All contributors together {change} the {title} from {empty} (a network that learned from nobody) to {grand} "
-            "(one that learned from everybody), which is {word}.",
+            "All contributors together {change} the {title} from {empty} (a network that learned from nobody) to "
+            "{grand} (one that learned from everybody), which is {word}.",
             change="take",
             title=about.title,
             empty=number(fixed(about.v_empty, decimals), "empty"),
-            grand=number(fixed(about.v_grand, decimals) + about.unit_words, "grand"),
+            grand=number(fixed(about.v_grand, decimals), "grand"),
             word="better" if better else "no better: look at the behavior and the models before the credit",
         )
     ]

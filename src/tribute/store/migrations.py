@@ -38,19 +38,23 @@ STEPS: Mapping[int, Callable[[Connection], None]] = {1: _add_heartbeats}
 """By schema version: what turns it into the next one. SQL in full, for `tables` shows the newest schema only."""
 
 
-def migrate(engine: Engine, patience: Patience) -> int:
+def migrate(engine: Engine, patience: Patience, place: str, file: Path | None) -> int:
     """Bring the tables to the schema of this version and return its number.
+
+    Args:
+        engine: For transactions that write.
+        patience: With a database that is locked or does not answer.
+        place: The store, for people.
+        file: The file of a SQLite store.
 
     Raises:
         StoreError: The store may not be written, there is no space for the copy, or its schema is unknown.
     """
-    place = tables.shown(engine.url)
-    file = tables.database_file(engine.url)
     if file is not None and not os.access(file, os.W_OK):
         raise _not_writable(place)
 
     def step(_number: int) -> int:
-        with tables.writer(engine).begin() as connection:
+        with engine.begin() as connection:
             tables.lock_schema(connection)
             version = tables.stored_version(connection) or 0
             if version >= tables.SCHEMA_VERSION:  # another process was faster

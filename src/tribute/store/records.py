@@ -31,6 +31,7 @@ from sqlalchemy import (
     Engine,
     Integer,
     Row,
+    Select,
     String,
     and_,
     any_,
@@ -50,7 +51,7 @@ from sqlalchemy import (
 from sqlalchemy.engine import Connection
 
 from tribute.errors import BehaviorError, CoalitionError, MixedResultsError, StoreError
-from tribute.store import tables
+from tribute.store import database, tables
 from tribute.store.patience import Patience
 from tribute.store.tables import artifact, behavior, contributor, evaluation, study
 from tribute.types import Behaviors, CoalitionMask, CoalitionMasks
@@ -76,6 +77,31 @@ _SPEC_COLUMNS = (*_IDENTIFYING, "role", "priority")  # with the coalition, all t
 _SINGLE_IMAGE = "generated_image_"  # behaviors of single images begin so
 _CHUNK = 500  # identities per query, far below the 32,766 variables that SQLite allows
 _FEW = 50  # numbers, or runs of numbers, that a condition lists one by one
+# Statements of every evaluation, built once. Their parameters `at_...` are keys, the others are columns.
+_AT_ID = evaluation.c.id == bindparam("at_id")
+_CLAIM = (
+    update(evaluation)
+    .where(_AT_ID)
+    .values(
+        status="running",
+        error=None,
+        **{
+            name: bindparam(name)
+            for name in ("attempts", "owner", "owner_token", "lease_expires", "heartbeat", "started")
+        },
+    )
+)
+_RESULT = {name: bindparam(name) for name in ("finished", "seconds", "provenance")}
+_FINISH = (
+    update(evaluation)
+    .where(_AT_ID, evaluation.c.owner_token == bindparam("at_token"), evaluation.c.status == "running")
+    .values(status="finished", error=None, lease_expires=None, **_RESULT)
+)
+_FINISH_ANY = (
+    update(evaluation)
+    .where(_AT_ID)
+    .values(status="finished", error=None, lease_expires=None, owner=None, owner_token=None, **_RESULT)
+)
 _UNCLAIMED: Mapping[str, Any] = {
     "status": "pending",
     "owner": None,
@@ -416,6 +442,16 @@ class Artifact:
     meta: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class _Search:
+    """What is to be claimed, for one set of filters."""
+
+    filters: Mapping[str, Any]
+    pending: Select[Any]
+    owners: Select[Any, Any]  # of what is running, with the end of the first lease
+    abandoned: Select[Any]  # parameters: now, gone
+
+
 class Store:
     """Studies and their evaluations in a database; a context manager.
 
@@ -427,9 +463,10 @@ class Store:
 
     def __init__(self, engine: Engine, *, patience: Patience | None = None) -> None:
         self._engine = engine
-        self._writing_engine = tables.writer(engine)
+        self._writing_engine = database.writer(engine)
         self._patience = patience or Patience()
-        self._is_file = tables.database_file(engine.url) is not None
+        self._last_search: _Search | None = None
+        self._is_file = database.database_file(engine.url) is not None
 
     @classmethod
     def open(cls, location: str | Path, *, create: bool = True, patience: Patience | None = None) -> Store:
@@ -446,7 +483,7 @@ class Store:
                 `create=False`.
         """
         patience = patience or Patience()
-        return cls(tables.open_database(location, create=create, patience=patience), patience=patience)
+        return cls(database.open_database(location, create=create, patience=patience), patience=patience)
 
     def __enter__(self) -> Store:
         return self
@@ -459,7 +496,7 @@ class Store:
     @property
     def location(self) -> str:
         """The path of the file, or the URL without its password."""
-        return tables.shown(self._engine.url)
+        return database.shown(self._engine.url)
 
     @property
     def serves_many_hosts(self) -> bool:
@@ -577,6 +614,7 @@ class Store:
             The evaluation, which nobody else gets while the lease lasts; None when there is nothing to do.
         """
         token = uuid.uuid4().hex
+        search = self._search(study_id, filters)
 
         def take(connection: Connection, number: int) -> Row | None:
             now = time.time()
@@ -584,49 +622,60 @@ class Store:
             mine = evaluation.c.status == "running", evaluation.c.owner_token == token
             if number and (row := connection.execute(select(evaluation).where(*mine)).one_or_none()) is not None:
                 return row
-            row = self._next(connection, self._where(study_id, filters), now)
-            if row is None:
-                return None
-            connection.execute(
-                update(evaluation)
-                .where(evaluation.c.id == row.id)
-                .values(
-                    status="running",
-                    attempts=evaluation.c.attempts + 1,
-                    error=None,
-                    owner=_process(os.getpid()),
-                    owner_token=token,
-                    lease_expires=now + lease_seconds,
-                    heartbeat=now,
-                    started=now,
-                )
-            )
-            return connection.execute(select(evaluation).where(evaluation.c.id == row.id)).one()
+            row = self._next(connection, search, now)
+            if row is not None:
+                claim = {
+                    "at_id": row.id,
+                    "attempts": row.attempts + 1,
+                    "owner": _process(os.getpid()),
+                    "owner_token": token,
+                    "lease_expires": now + lease_seconds,
+                    "heartbeat": now,
+                    "started": now,
+                }
+                connection.execute(_CLAIM, claim)
+            return row
 
         row = self.in_transaction(take, writes=True)
         if row is None:
             return None
-        return ClaimedEvaluation(row.id, row.study_id, _spec(row), row.attempts, lease_seconds, token)
+        n_attempts = row.attempts + (row.owner_token != token)
+        return ClaimedEvaluation(row.id, row.study_id, _spec(row), n_attempts, lease_seconds, token)
 
-    def _next(self, connection: Connection, where: Sequence[ColumnElement[bool]], now: float) -> Row | None:
-        """Number and priority of the evaluation to be claimed next, locked where the database locks rows."""
-        ordered = (
-            select(evaluation.c.id, evaluation.c.priority)
-            .where(*where)
-            .order_by(evaluation.c.priority, evaluation.c.id)
-            .limit(1)
-            .with_for_update(skip_locked=True)
-        )
-        pending = connection.execute(ordered.where(evaluation.c.status == "pending")).one_or_none()
-        abandoned = None
-        is_running = evaluation.c.status == "running"
-        owner = cast(evaluation.c.owner, String)
-        by_owner = select(owner.label("owner"), func.min(evaluation.c.lease_expires).label("first"))
-        owners = connection.execute(by_owner.where(is_running, *where).group_by(owner)).all()
+    def _search(self, study_id: int | None, filters: Filters) -> _Search:
+        """The statements that find what is to be claimed; those of the last call again where nothing changed.
+
+        To build them takes longer than to execute them.
+        """
+        ids = filters.get("evaluation_ids")
+        given = {**filters, "study_id": study_id, "evaluation_ids": None if ids is None else tuple(ids)}
+        last = self._last_search
+        if last is None or last.filters != given:
+            where = self._where(study_id, filters)
+            owner = cast(evaluation.c.owner, String)
+            is_running = evaluation.c.status == "running"
+            ordered = select(evaluation).where(*where).order_by(evaluation.c.priority, evaluation.c.id).limit(1)
+            ordered = ordered.with_for_update(skip_locked=True)
+            is_free = or_(evaluation.c.lease_expires <= bindparam("now"), owner.in_(bindparam("gone", expanding=True)))
+            last = _Search(
+                filters=given,
+                pending=ordered.where(evaluation.c.status == "pending"),
+                owners=select(owner.label("owner"), func.min(evaluation.c.lease_expires).label("first"))
+                .where(is_running, *where)
+                .group_by(owner),
+                abandoned=ordered.where(is_running, is_free),
+            )
+            self._last_search = last
+        return last
+
+    def _next(self, connection: Connection, search: _Search, now: float) -> Row | None:
+        """The evaluation to be claimed next, locked where the database locks rows."""
+        pending = connection.execute(search.pending).one_or_none()
+        owners = connection.execute(search.owners).all()
         gone = [row.owner for row in owners if _is_gone(json.loads(row.owner), is_file=self._is_file)]
-        if gone or any(row.first <= now for row in owners):
-            is_free = or_(evaluation.c.lease_expires <= now, owner.in_(gone))
-            abandoned = connection.execute(ordered.where(is_running, is_free)).one_or_none()
+        if not gone and all(row.first > now for row in owners):
+            return pending
+        abandoned = connection.execute(search.abandoned, {"now": now, "gone": gone}).one_or_none()
         found = [row for row in (pending, abandoned) if row is not None]
         return min(found, key=lambda row: (row.priority, row.id), default=None)
 
@@ -685,13 +734,12 @@ class Store:
         )
 
         def record(connection: Connection) -> None:
+            if _write_result(connection, claimed.evaluation_id, result, of_claim=claimed.token):
+                return
             row = _locked(connection, claimed.evaluation_id)
-            if row is None or row.owner_token != claimed.token or row.status not in ("running", "finished"):
+            if row is None or row.owner_token != claimed.token or row.status != "finished":
                 raise _lost(claimed, row)
-            if row.status == "finished":
-                _check_same_values(connection, row.id, result)
-            else:
-                _write_result(connection, row.id, result)
+            _check_same_values(connection, row.id, result)
 
         self._write(record)
 
@@ -848,7 +896,7 @@ class Store:
                     if row is not None and row.status == "finished":
                         _check_same_values(connection, evaluation_id, plain)
                         continue
-                    _write_result(connection, evaluation_id, plain, owner=None, owner_token=None)
+                    _write_result(connection, evaluation_id, plain)
                     n_new += 1
             return n_new
 
@@ -1282,21 +1330,19 @@ def _check_same_values(connection: Connection, evaluation_id: int, result: Finis
         )
 
 
-def _write_result(connection: Connection, evaluation_id: int, result: FinishedEvaluation, **columns: Any) -> None:
-    """Finish an evaluation with its behaviors; `columns` are further columns to set."""
-    connection.execute(
-        update(evaluation)
-        .where(evaluation.c.id == evaluation_id)
-        .values(
-            status="finished",
-            error=None,
-            lease_expires=None,
-            finished=time.time(),
-            seconds=result.seconds,
-            provenance=result.provenance,
-            **columns,
-        )
-    )
+def _write_result(
+    connection: Connection, evaluation_id: int, result: FinishedEvaluation, *, of_claim: str | None = None
+) -> bool:
+    """Finish an evaluation with its behaviors, whoever claimed it, or only while the claim with this token has it.
+
+    Returns:
+        Whether it was written.
+    """
+    values = {"finished": time.time(), "seconds": result.seconds, "provenance": result.provenance}
+    if of_claim is None:
+        connection.execute(_FINISH_ANY, {"at_id": evaluation_id, **values})
+    elif connection.execute(_FINISH, {"at_id": evaluation_id, "at_token": of_claim, **values}).rowcount != 1:
+        return False
     connection.execute(
         insert(behavior),
         [
@@ -1309,6 +1355,7 @@ def _write_result(connection: Connection, evaluation_id: int, result: FinishedEv
             for name, value in result.behaviors.items()
         ],
     )
+    return True
 
 
 def _one_definition(behavior_name: str, rows: Sequence[Row]) -> dict[str, Any] | None:

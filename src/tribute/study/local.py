@@ -20,8 +20,8 @@ from tribute.behaviors.local import (
     local_behaviors,
 )
 from tribute.config import LocalConfig, NoiseScheduleConfig, RuntimeConfig, SampleConfig, fingerprint
-from tribute.diffusion.local_loss import elbo_weights, image_losses
-from tribute.diffusion.sample import MIN_BATCH, draw_labels, from_uint8, sample_images
+from tribute.diffusion.local_loss import elbo_weights, image_losses, losses_batch
+from tribute.diffusion.sample import MIN_BATCH, draw_labels, from_uint8, sample_images, sampling_batch
 from tribute.errors import MixedResultsError
 from tribute.models.build import build_noise_schedule
 from tribute.models.checkpoint import Checkpoint, build_model
@@ -92,6 +92,8 @@ class FullModelComparison:
         self.device = device
         self.decode = decode
         self.runtime = runtime or RuntimeConfig()
+        self._images_batch = sampling_batch(max(sampling.batch_size, MIN_BATCH))
+        self._losses_batch = losses_batch(sampling.batch_size)
 
     @cached_property
     def reference(self) -> FullModelImages:
@@ -100,8 +102,9 @@ class FullModelComparison:
         latents: list[torch.Tensor] = []
 
         def keep(batch: torch.Tensor) -> torch.Tensor:
-            latents.append(batch.float().cpu())
-            return batch if self.decode is None else self.decode(batch)
+            decoded = batch if self.decode is None else self.decode(batch)
+            latents.append(batch.float().cpu())  # only now: what does not fit into memory is tried in smaller batches
+            return decoded
 
         images = self._sample(model, keep)
         clean = from_uint8(images) if self.decode is None else torch.cat(latents)[: len(images)]
@@ -130,7 +133,7 @@ class FullModelComparison:
                 n_noises=self.config.n_noises,
                 noise_seed=self.sampling.noise_seed,
                 labels=torch.from_numpy(self._labels()) if _knows_labels(model) else None,
-                batch_size=self.sampling.batch_size,
+                batch=self._losses_batch,
                 fill_up=self.runtime.compile,
             )
             per_image |= {"diffusion_loss": losses.simple, "elbo_loss": losses.elbo}
@@ -179,12 +182,13 @@ class FullModelComparison:
         """The images to compare, of any model."""
         return sample_images(
             model,
-            self.sampling.replace(batch_size=max(self.sampling.batch_size, MIN_BATCH)),
+            self.sampling,
             self.noise_schedule,
             image_idx=range(self.config.n_samples),
             label_counts=self.label_counts,
             decode=decode,
             runtime=self.runtime,
+            batch=self._images_batch,
         )
 
     def _labels(self) -> npt.NDArray[np.int64]:

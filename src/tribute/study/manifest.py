@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from tribute.config import StudyConfig, fingerprint
@@ -30,17 +30,18 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "config.yaml"
 OUTPUT_NAMES = (
     *("attributions.csv", "attributions.parquet", "summary.json", "attributions.png", "lds.png"),
-    "pilot.json",
+    *("pilot.json", "pictures.json"),
 )
-"""Files of results that are hashed where they are there, with `samples/*.png`; `report.html` shows the manifest's own
-hash, so it cannot be in the manifest."""
+"""Files of results that are hashed where they are there, with the pictures in `samples/`; `report.html` shows the
+manifest's own hash, so it cannot be in the manifest."""
+_SAMPLES = "samples"
 
 _SHORT = 16  # hexadecimal digits that tell evaluations apart; what is to be trusted is the digest of them all
 _NOT_PART_OF_RESULTS = {
     # Where things are, and what they are called: their content is hashed.
     *("name", "outdir", "db", "data_dir", "codec", "preset", "ckpt_freq"),
     # Who computes, and for how long: never changes a result by more than rounding, which the values would show.
-    *("n_threads", "runtime", "execution", "max_device_hours", "pilot"),
+    *("n_threads", "runtime", "execution", "max_device_hours", "pilot", "pictures"),
 }
 _PLACES_OF_FEATURES = ("weights", "models", "revisions", "aesthetic_head", "batch_size")
 
@@ -264,12 +265,13 @@ def update_outputs(run_dir: Path) -> Manifest | None:
 def find_outputs(run_dir: Path) -> list[str]:
     """Names, relative to the run folder, of the files of results that are there."""
     found = [name for name in OUTPUT_NAMES if (run_dir / name).is_file()]
-    return found + sorted(f"samples/{path.name}" for path in (run_dir / "samples").glob("*.png"))
+    pictures = [path for path in (run_dir / _SAMPLES).glob("*") if path.suffix in (".png", ".json")]
+    return found + sorted(f"{_SAMPLES}/{path.name}" for path in pictures if path.is_file())
 
 
 def is_output(name: str) -> bool:
     """Whether a file of the manifest is one of results."""
-    return name in OUTPUT_NAMES or PurePosixPath(name).parts[0] == "samples"
+    return name in OUTPUT_NAMES or PurePosixPath(name).parts[:1] == (_SAMPLES,)
 
 
 def _without_time(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -515,5 +517,8 @@ def without_places(value: Any) -> Any:
 
 
 def last_part(place: str) -> str:
-    """A path that begins at the root or at a user's folder, cut to its last part; any other text as it is."""
-    return Path(place).name if place.startswith(("/", "~/", "\\\\")) or place[1:3] in (":\\", ":/") else place
+    """A path that begins at the root, a drive or a user's folder, cut to its last part; any other text as it is."""
+    if place.startswith(("/", "~/")):
+        return PurePosixPath(place).name
+    is_windows = place.startswith("\\\\") or place[1:3] in (":\\", ":/")
+    return PureWindowsPath(place).name if is_windows else place

@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import math
+import struct
 import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tribute.errors import StoreError
-from tribute.files import write_whole
+from tribute.files import room_sentence, write_whole
 from tribute.games.designs import PAIRED_DESIGNS
 from tribute.games.uncertainty import rank_intervals, separation
+from tribute.store.columns import Kind, parquet_bytes
 from tribute.study.manifest import update_outputs
 from tribute.types import Attributions, Images
 
@@ -27,6 +30,25 @@ if TYPE_CHECKING:
 
 MIN_LOO_R2 = 0.2
 """Below this leave-one-out R2 the fit says little about coalitions that it has not seen, and intervals rest on it."""
+
+SUMMARY_SCHEMA = "tribute.summary/1"
+ATTRIBUTIONS_SCHEMA = "tribute.attributions/1"
+"""Layouts of the files (`docs/outputs.md`). A key or a column may be added; any other change gets another number."""
+
+ATTRIBUTION_COLUMNS: dict[str, Kind] = {
+    "behavior": "text",
+    "kernel": "text",
+    "estimator": "text",
+    "contributor": "text",
+    "n_examples": "integer",
+    "attribution": "number",
+    "standard_error": "number",
+    "low_95": "number",
+    "high_95": "number",
+    "share": "number",
+    "rank_low": "integer",
+    "rank_high": "integer",
+}
 
 _INK, _MUTED, _ACCENT, _GRID = "#1f2430", "#6b7280", "#2563a8", "#e5e7eb"
 
@@ -97,13 +119,14 @@ def rank_texts(fitted: Attributions, *, higher_is_better: bool) -> list[str]:
 
 
 def write_outputs(result: StudyResult) -> list[Path]:
-    """Write `attributions.csv`, `summary.json`, `attributions.png` and `lds.png`; returns their paths.
+    """Write `attributions.csv` and `.parquet`, `summary.json`, `attributions.png` and `lds.png`; returns their paths.
 
     Their hashes go into the manifest of the run, where there is one.
     """
     folder = result.config.run_dir
     files: dict[Path, str | bytes] = {
         folder / "attributions.csv": attributions_csv(result),
+        folder / "attributions.parquet": attributions_parquet(result),
         folder / "summary.json": json.dumps(summary(result), indent=1, allow_nan=False),
         folder / "attributions.png": _plot_attributions(result),
     }
@@ -115,38 +138,49 @@ def write_outputs(result: StudyResult) -> list[Path]:
         update_outputs(folder)
     except OSError as error:
         raise StoreError(
-            f"the results could not be written to {folder} ({error}); they are safe in the store: "
-            "make room and run the same command again"
+            f"the results could not be written to {folder} ({error}; {room_sentence(folder)}); they are safe in the "
+            "store: make room and run the same command again"
         ) from error
     return list(files)
 
 
 def attributions_csv(result: StudyResult) -> str:
-    """One row per behavior, attribution kernel and contributor."""
+    """One row per behavior, attribution kernel and contributor; names are safe in a spreadsheet, unknown is empty."""
+    columns = attribution_columns(result)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["behavior", "kernel", "estimator", "contributor", "n_examples", "attribution", "standard_error"]
-        + ["low_95", "high_95", "share", "rank_low", "rank_high"]
-    )
+    writer.writerow(columns)
+    cells = [[_csv_cell(kind, value) for value in values] for kind, values in columns.values()]
+    writer.writerows(zip(*cells, strict=True))
+    return text.getvalue()
+
+
+def attributions_parquet(result: StudyResult) -> bytes:
+    """The same rows as Parquet; names are as they are, unknown is null."""
+    return parquet_bytes(attribution_columns(result), schema=ATTRIBUTIONS_SCHEMA)
+
+
+def attribution_columns(result: StudyResult) -> dict[str, tuple[Kind, list[Any]]]:
+    """The table of attributions by column, one row per behavior, kernel and contributor; None is unknown."""
+    rows: list[tuple[Any, ...]] = []
     for item in result.behaviors:
         for kernel, fitted in item.attributions.items():
             intervals, share = fitted.intervals(), shares(fitted)
             ranks = rank_intervals(fitted, higher_is_better=direction(item) > 0)
             for i, name in enumerate(result.contributor_names):
                 numbers = [fitted.values[i], fitted.standard_errors[i], *intervals[i], share[i]]
-                texts = ["" if not math.isfinite(x) else f"{x:.8g}" for x in numbers]
-                row = [
-                    item.name,
-                    kernel,
-                    fitted.estimator,
-                    spreadsheet_text(name),
-                    result.n_examples[i],
-                    *texts,
-                    *ranks[i],
-                ]
-                writer.writerow(row)
-    return text.getvalue()
+                known = [float(x) if math.isfinite(x) else None for x in numbers]
+                labels = (item.name, kernel, fitted.estimator, name, int(result.n_examples[i]))
+                rows.append((*labels, *known, *(int(rank) for rank in ranks[i])))
+    return {
+        name: (kind, [row[column] for row in rows]) for column, (name, kind) in enumerate(ATTRIBUTION_COLUMNS.items())
+    }
+
+
+def _csv_cell(kind: Kind, value: Any) -> str:
+    if value is None:
+        return ""
+    return spreadsheet_text(value) if kind == "text" else f"{value:.8g}" if kind == "number" else str(value)
 
 
 def spreadsheet_text(name: str) -> str:
@@ -159,7 +193,10 @@ def spreadsheet_text(name: str) -> str:
 
 
 def summary(result: StudyResult) -> dict[str, Any]:
-    """The study as plain JSON: settings, attributions, LDS, timings, provenance. NaN becomes null."""
+    """The study as plain JSON of the layout `SUMMARY_SCHEMA`; NaN and infinities become null.
+
+    `report/summary.schema.json` describes it for programs, `docs/outputs.md` for people.
+    """
     behaviors = {}
     for item in result.behaviors:
         behaviors[item.name] = {
@@ -177,6 +214,7 @@ def summary(result: StudyResult) -> dict[str, Any]:
         }
     return _without_nan(
         {
+            "schema": SUMMARY_SCHEMA,
             "name": result.config.name,
             "config": result.config.model_dump(mode="json"),
             "config_fingerprint": result.config.fingerprint(),
@@ -185,6 +223,7 @@ def summary(result: StudyResult) -> dict[str, Any]:
                 for name, n in zip(result.contributor_names, result.n_examples, strict=True)
             ],
             "behaviors": behaviors,
+            "evaluations": result.counts,
             "classifier_held_out_accuracy": result.classifier_accuracy,
             "models": result.models,
             "median_seconds_per_coalition": result.timings,
@@ -270,16 +309,25 @@ def _png(figure: Any) -> bytes:
 
 
 def write_image_grid(images: Images, path: Path, *, n_columns: int = 8, zoom: int | None = None) -> None:
-    """Write images side by side as a PNG.
+    """Write images side by side as a PNG; the file appears whole or not at all.
 
     Args:
         images: `(n_images, height, width, channels)` uint8.
-        path: The file; it appears whole or not at all.
+        path: The file.
         n_columns: Images per row.
         zoom: Each pixel becomes zoom x zoom pixels; None makes images about 64 pixels wide.
     """
-    from matplotlib.image import imsave
+    write_whole(path, image_grid_png(images, n_columns=n_columns, zoom=zoom))
 
+
+def image_grid_png(images: Images, *, n_columns: int = 8, zoom: int | None = None) -> bytes:
+    """Images side by side, as the content of a PNG file.
+
+    Args:
+        images: `(n_images, height, width, channels)` uint8, 1 or 3 channels.
+        n_columns: Images per row.
+        zoom: Each pixel becomes zoom x zoom pixels; None makes small images about 64 pixels wide, and leaves others.
+    """
     n_images, height, width, n_channels = images.shape
     zoom = zoom or max(1, 64 // width)
     n_rows = math.ceil(n_images / n_columns)
@@ -287,10 +335,31 @@ def write_image_grid(images: Images, path: Path, *, n_columns: int = 8, zoom: in
     padded[:n_images, :height, :width] = images
     tiled = padded.reshape(n_rows, n_columns, height + 1, width + 1, n_channels)
     grid = tiled.transpose(0, 2, 1, 3, 4).reshape(n_rows * (height + 1), n_columns * (width + 1), n_channels)
-    grid = np.broadcast_to(grid, (*grid.shape[:2], 3)).repeat(zoom, axis=0).repeat(zoom, axis=1)
-    buffer = io.BytesIO()
-    imsave(buffer, np.ascontiguousarray(grid), format="png")
-    write_whole(path, buffer.getvalue())
+    return png_bytes(grid.repeat(zoom, axis=0).repeat(zoom, axis=1))
+
+
+def png_bytes(pixels: npt.NDArray[np.uint8]) -> bytes:
+    """Pixels `(height, width, channels)`, 1 or 3 channels of 8 bits, as the content of a PNG file.
+
+    Written here, as the same pixels then give the same bytes whatever the versions of plotting libraries.
+
+    References:
+        W3C (2003), Portable Network Graphics (PNG) Specification, second edition; filter type 2 (up).
+    """
+    height, width, n_channels = pixels.shape
+    color_type = {1: 0, 3: 2}[n_channels]
+    rows = pixels.reshape(height, width * n_channels)
+    filtered = np.empty((height, 1 + rows.shape[1]), dtype=np.uint8)
+    filtered[:, 0] = 2  # each row less the one above, modulo 256: repeated rows of a zoomed grid cost nothing
+    filtered[0, 1:] = rows[0]
+    filtered[1:, 1:] = rows[1:] - rows[:-1]
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0)
+    data = zlib.compress(filtered.tobytes(), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
 def _label(name: str, at_most: int = 28) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tribute.config import StudyConfig
 from tribute.errors import MixedResultsError, StoreError
-from tribute.files import write_whole
+from tribute.files import room_sentence, write_whole
 from tribute.store.records import EvaluationSpec, Store
 
 FILE_NAME = "study.json"
@@ -57,8 +57,18 @@ class StudyRecord:
         return sum(len(identities) for identities in self.evaluations.values())
 
     def write(self, run_dir: Path) -> None:
-        """Write it into the run folder; the file appears whole or not at all."""
-        write_whole(run_dir / FILE_NAME, json.dumps(asdict(self), indent=1))
+        """Write it into the run folder; the file appears whole or not at all.
+
+        Raises:
+            StoreError: It cannot be written, as on a full disk.
+        """
+        try:
+            write_whole(run_dir / FILE_NAME, json.dumps(asdict(self), indent=1))
+        except OSError as error:
+            raise StoreError(
+                f"{run_dir / FILE_NAME} could not be written ({error}; {room_sentence(run_dir)}); models and "
+                "evaluations are safe: make room and run the same command again"
+            ) from error
 
     @classmethod
     def read(cls, config: StudyConfig) -> StudyRecord:

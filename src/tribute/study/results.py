@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from tribute.config import StudyConfig
 from tribute.errors import FitError
@@ -20,6 +21,7 @@ from tribute.study.attribution import (
     validate,
     without_tested,
 )
+from tribute.study.end_points import failure_of
 from tribute.study.record import StudyRecord
 from tribute.types import Attributions, Behaviors, CoalitionMasks
 
@@ -66,6 +68,8 @@ class StudyResult:
         models: Steps of the full and the sparse model; what pruning removed.
         classifier_accuracy: Held-out accuracy of the feature extractor, or None.
         provenance: Versions, commit, device of this process.
+        counts: Planned evaluations by role: how many there are, and how many are `pending`, `running`, `finished` or
+            `failed` (set aside, after they were tried several times).
     """
 
     config: StudyConfig
@@ -76,29 +80,52 @@ class StudyResult:
     models: dict[str, Any]
     classifier_accuracy: float | None
     provenance: dict[str, Any]
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def set_aside(self) -> dict[str, int]:
+        """Evaluations that failed and are not among the results, by role; only roles that have some."""
+        return {role: found["failed"] for role, found in self.counts.items() if found.get("failed")}
 
 
 def read_result(config: StudyConfig, record: StudyRecord, store: Store) -> StudyResult:
     """What a study has found so far, from the finished ones of its planned evaluations.
+
+    Linear algebra is done by one thread: on one machine the same evaluations then give the same attributions to the
+    last bit, whichever command fits them and however many threads it was started with.
 
     Raises:
         FitError: Too little is measured; the message says what is missing.
     """
     study_id = record.study_id(store)
     evaluation_ids = record.evaluation_ids(store)
+    with threadpool_limits(1, user_api="blas"):
+        behaviors = [
+            summarise_behavior(config, store, study_id, evaluation_ids, name, record.contributor_names)
+            for name in record.behaviors
+        ]
     return StudyResult(
         config=config,
         contributor_names=record.contributor_names,
         n_examples=record.n_examples,
-        behaviors=[
-            summarise_behavior(config, store, study_id, evaluation_ids, name, record.contributor_names)
-            for name in record.behaviors
-        ],
+        behaviors=behaviors,
         timings=median_seconds(store, study_id, evaluation_ids),
         models=dict(record.models),
         classifier_accuracy=record.classifier_accuracy,
         provenance=dict(record.provenance),
+        counts=count_by_role(record, store),
     )
+
+
+def count_by_role(record: StudyRecord, store: Store) -> dict[str, dict[str, int]]:
+    """Planned evaluations by role: `planned`, and by status; what the store does not have yet is pending."""
+    study_id = record.study_id(store)
+    found: dict[str, dict[str, int]] = {}
+    for role, identities in record.evaluations.items():
+        stored = store.counts(study_id, evaluation_ids=record.evaluation_ids(store, roles=[role]))
+        missing = len(identities) - sum(stored.values())
+        found[role] = {"planned": len(identities), **stored, "pending": stored["pending"] + missing}
+    return found
 
 
 def read_fit_evaluations(
@@ -113,6 +140,10 @@ def read_fit_evaluations(
         store.read(behavior_name=behavior_name, study_id=study_id, role=role, evaluation_ids=evaluation_ids)
         for role in ("empty", "grand", "fit")
     )
+    for role, found in (("empty", empty), ("grand", grand)):
+        counts = store.counts(study_id, role=role, evaluation_ids=evaluation_ids)
+        if not len(found) and counts["failed"]:
+            raise FitError(failure_of(store, study_id, role, evaluation_ids))
     if not (len(empty) and len(grand) and len(fit)):
         raise FitError(
             f"{behavior_name}: expected finished evaluations of the empty coalition, the grand coalition and fit "

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tribute.config import StudyConfig
-from tribute.errors import FitError, StoppedEarly
+from tribute.errors import ConfigError, FitError, StoppedEarly, TributeError
+from tribute.files import remove_leftovers
 from tribute.games.stopping import looks, narrow_enough, share_half_width
 from tribute.models.checkpoint import Checkpoint
 from tribute.models.pipelines import is_foreign, load_model
@@ -17,12 +18,14 @@ from tribute.study.attribution import fit_attributions
 from tribute.study.budget import Budget, estimate_from_training
 from tribute.study.compatibility import check_not_pruned, check_trained_on_everybody
 from tribute.study.costs import ModelCosts, model_costs, read_costs
+from tribute.study.end_points import EndPointsWatch
 from tribute.study.evaluations import plan_evaluations
 from tribute.study.executors import Executor, SerialExecutor, always, check_execution
 from tribute.study.ingredients import gather_ingredients
 from tribute.study.listener import Listener
 from tribute.study.manifest import read_and_attest
 from tribute.study.models import load_pruned_summary, train_and_prune
+from tribute.study.pictures import make_pictures
 from tribute.study.pilot_record import pilot_warning
 from tribute.study.record import StudyRecord, by_role
 from tribute.study.results import StudyResult, read_fit_evaluations
@@ -72,6 +75,7 @@ def _measure(config: StudyConfig, prepared: PreparedStudy, store: Store, listene
     record, specs, budget = prepared.record, prepared.specs, prepared.budget
     study_id = open_study(store, config, record)
     listener.stage("Coalitions")
+    stopped: StoppedEarly | None = None
     executor = make_executor(prepared, listener)
     tried_again: set[int] = set()
 
@@ -79,8 +83,18 @@ def _measure(config: StudyConfig, prepared: PreparedStudy, store: Store, listene
         evaluation_ids = store.add(study_id, specs)
         store.retry(study_id, evaluation_ids=[i for i in evaluation_ids if i not in tried_again])
         tried_again.update(evaluation_ids)  # once in a run: what fails in it is set aside
-        go_on = go_on_within(budget, store, study_id, evaluation_ids)
-        work_through(executor, store, study_id, evaluation_ids, record.behaviors, listener, go_on=go_on)
+        within = go_on_within(budget, store, study_id, evaluation_ids)
+        end_points = EndPointsWatch(store, study_id, evaluation_ids)
+        work_through(
+            executor,
+            store,
+            study_id,
+            evaluation_ids,
+            record.behaviors,
+            listener,
+            go_on=lambda: within() and end_points.can_be_had(),
+        )
+        end_points.check()
         if budget is not None and budget.stopped:
             raise StoppedEarly(budget.message(read_costs(config, record, store)))
         return evaluation_ids
@@ -96,7 +110,6 @@ def _measure(config: StudyConfig, prepared: PreparedStudy, store: Store, listene
             contributor_names=record.contributor_names,
         )
 
-    stopped: StoppedEarly | None = None
     try:
         if config.fit.until_interval is not None:
             specs = measure_until_narrow(config.fit.until_interval, specs, record.behaviors, measure, credit, listener)
@@ -106,25 +119,49 @@ def _measure(config: StudyConfig, prepared: PreparedStudy, store: Store, listene
         stopped = error
     finally:
         executor.close()
-    prepared.session.team.dismiss()
     return stopped
 
 
 def _fit(
     config: StudyConfig, prepared: PreparedStudy, store: Store, listener: Listener, stopped: StoppedEarly | None
 ) -> StudyResult | None:
-    """Attributions and LDS of what was measured, with the manifest."""
+    """Attributions and LDS of what was measured, with the manifest; then pictures, and the helpers are dismissed."""
     listener.stage("Attributions and LDS")
     if stopped is not None:
         listener.message(str(stopped))
     ingredients = gather_ingredients(config, prepared.session, prepared.full, prepared.sparse)
     try:
-        return read_and_attest(config, StudyRecord.read(config), store, ingredients)
+        result = read_and_attest(config, StudyRecord.read(config), store, ingredients)
     except FitError as error:
+        prepared.session.team.dismiss()
         if stopped is None:
             raise
         listener.message(f"nothing can be fitted yet: {error}")
         return None
+    if stopped is None and config.pictures.n_images:
+        _draw_pictures(prepared, store, result, listener)
+    prepared.session.team.dismiss()
+    return result
+
+
+def _draw_pictures(prepared: PreparedStudy, store: Store, result: StudyResult, listener: Listener) -> None:
+    """Make the pictures of a study within its budget; what cannot be made costs no result."""
+    listener.stage("Pictures")
+    study_id = prepared.record.study_id(store)
+    try:
+        make_pictures(
+            prepared.session,
+            prepared.full,
+            prepared.sparse,
+            next(spec for spec in prepared.specs if spec.role == "grand"),
+            store,
+            study_id,
+            result,
+            listener,
+            go_on_for=lambda evaluation_ids: go_on_within(prepared.budget, store, study_id, evaluation_ids),
+        )
+    except TributeError as error:
+        listener.message(f"not all pictures were made: {error}")
 
 
 @dataclass(frozen=True)
@@ -185,6 +222,7 @@ def prepare_study(config: StudyConfig, listener: Listener, lock: RunLock | None 
         if lock is not None:
             lock.acquire()
         claim_run_dir(config)  # only now: what is wrong in the settings must not be kept as the study's
+        remove_leftovers(config.run_dir)
     table = worker.data.contributors
     listener.message(f"{worker.data.n_examples:,} images of {table.n_contributors} contributors")
     if leads:
@@ -239,13 +277,34 @@ def _full_model_record(full: Checkpoint, *, loaded: bool) -> dict[str, Any]:
 
 
 def make_executor(prepared: PreparedStudy, listener: Listener) -> Executor:
-    """What measures the coalitions of a study, as `execution` says; to be closed."""
-    worker = prepared.session.worker
+    """What measures the coalitions of a study, as `execution` says; to be closed.
+
+    Raises:
+        ConfigError: Workers of Ray beside the processes of `accelerate launch`.
+    """
+    session = prepared.session
+    config, worker = session.config, session.worker
+    if config.execution.executor == "ray":
+        if worker.trainer.processes.n > 1:
+            raise ConfigError(
+                "execution.executor: a study is measured by workers of Ray or by the processes of accelerate launch; "
+                f"found ray in a launch of {worker.trainer.processes.n} processes. Use one of the two"
+            )
+        from tribute.study.ray_executor import RayExecutor, StudyAssignment
+
+        return RayExecutor(
+            StudyAssignment.of(session, prepared.full, prepared.sparse),
+            definitions=worker.behavior_definitions(),
+            execution=config.execution,
+            n_threads=config.n_threads,
+            namespace=f"tribute-{config.name}",
+            on_message=listener.message,
+        )
     return SerialExecutor(
-        prepared.session.measure,
+        session.measure,
         definitions=worker.behavior_definitions(),
         provenance=worker.provenance(),
-        stall_seconds=prepared.session.config.execution.stall_seconds,
+        stall_seconds=config.execution.stall_seconds,
     )
 
 

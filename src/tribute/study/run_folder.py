@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from tribute.config import StudyConfig
 from tribute.errors import MixedResultsError, StoreError
-from tribute.files import write_whole
+from tribute.files import room_sentence, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ _MAY_CHANGE = {
     "test.n_coalitions",
     "test.opt_seeds",
     "pilot.n_coalitions",
+    "pictures.n_images",
     "execution.executor",
     "execution.workers",
     "execution.gpus_per_worker",
@@ -147,7 +148,9 @@ class RunLock:
 
 
 def _not_writable(run_dir: Path, error: OSError) -> StoreError:
-    return StoreError(f"the run folder {run_dir} is not writable ({error}); set another outdir")
+    return StoreError(
+        f"the run folder {run_dir} is not writable ({error}; {room_sentence(run_dir)}); make room or set another outdir"
+    )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

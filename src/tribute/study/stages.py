@@ -15,7 +15,7 @@ from tribute.diffusion.loss import denoising_loss
 from tribute.diffusion.train import CheckpointPolicy, Progress
 from tribute.errors import CheckpointError, MixedResultsError
 from tribute.models.build import build_unet
-from tribute.models.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
+from tribute.models.checkpoint import Checkpoint, build_model, load_checkpoint, load_last_intact, save_checkpoint
 from tribute.models.pruning import PruningResult, prune_unet
 from tribute.seeding import numpy_stream, torch_stream
 from tribute.study.compatibility import check_same_data
@@ -167,8 +167,8 @@ def prune_model(
         "data": worker.data.fingerprint,
         **worker.codec_identity(),
     }
-    if folder.is_dir() and any(folder.iterdir()):
-        found = load_checkpoint(folder)
+    found = load_last_intact(folder)  # a damaged one is kept aside: it takes seconds to prune again
+    if found is not None:
         if found.meta.get("identity") != identity:
             raise MixedResultsError(
                 f"{folder} holds a model pruned from another model or by other settings: saved "

@@ -10,7 +10,7 @@ import numpy as np
 from tribute.diffusion.processes import Processes
 from tribute.errors import TributeError
 from tribute.study.value_function import Evaluation, ValueFunction
-from tribute.types import CoalitionMask
+from tribute.types import CoalitionMask, Images
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,11 @@ class Team:
         """v(S), by all processes; to be called on the main one while the others `follow`."""
         self.processes.agree([1, self._methods.index(method), opt_seed, *(int(present) for present in coalition_mask)])
         return self.value_functions[method](coalition_mask, opt_seed=opt_seed)
+
+    def images(self, method: str, coalition_mask: CoalitionMask, *, opt_seed: int) -> Images:
+        """The images of a coalition's model, by all processes, without measuring them; to be called as `measure`."""
+        self.processes.agree([1, self._methods.index(method), opt_seed, *(int(present) for present in coalition_mask)])
+        return self.value_functions[method].images(coalition_mask, opt_seed=opt_seed)[1]
 
     def follow(self) -> None:
         """Do this process's share of every coalition, until the main process dismisses it."""

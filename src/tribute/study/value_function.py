@@ -17,7 +17,7 @@ import torch
 
 from tribute.config import NoiseScheduleConfig, RuntimeConfig, SampleConfig
 from tribute.diffusion.processes import Processes
-from tribute.diffusion.sample import sample_images
+from tribute.diffusion.sample import sample_images, sampling_batch
 from tribute.types import CoalitionMask, Images
 from tribute.unlearning.base import CoalitionModel, UnlearningMethod
 
@@ -79,6 +79,7 @@ class ValueFunction:
         self.decode = decode
         self.runtime = runtime
         self.processes = processes
+        self._batch = sampling_batch(sampling.batch_size)
 
     def __call__(self, coalition_mask: CoalitionMask, *, opt_seed: int) -> Evaluation:
         """Measure the behaviors of the model of a coalition `(n_contributors,)`."""
@@ -108,6 +109,7 @@ class ValueFunction:
                 label_counts=None if self.label_counts is None else self.label_counts(coalition_mask),
                 decode=self.decode,
                 runtime=self.runtime,
+                batch=self._batch,
             )
 
         n_images = self.sampling.n_samples

@@ -102,7 +102,7 @@ def verify_run(
         with_store = _open_store(found, config, run_dir, db)
         if with_store is not None:
             with with_store as store:
-                evaluations = check_store(found, record, store, sparse_hash=models.get("sparse"))
+                evaluations = _evaluations_of(found, record, store, models.get("sparse"))
                 if evaluations is not None:
                     result = _refit(found, config, record, store)
                     if result is not None:
@@ -388,21 +388,32 @@ def _open_store(found: Verification, config: StudyConfig, run_dir: Path, db: str
         return None
 
 
-def check_store(
-    found: Verification, record: StudyRecord, store: Store, *, sparse_hash: str | None
+def _evaluations_of(
+    found: Verification, record: StudyRecord, store: Store, sparse_hash: str | None
 ) -> list[StoredEvaluation] | None:
-    """Compare the planned evaluations in the store with the manifest and with their identities.
-
-    Returns:
-        Those that are there; None where the store is not that of the study.
-    """
+    """What `check_store` returns; None where the store is damaged, or not that of the study."""
     try:
-        study_id = record.study_id(store)
-        study = next(item for item in store.studies() if item.study_id == study_id)
+        return check_store(found, record, store, sparse_hash=sparse_hash)
     except TributeError as error:
         found.differences.append(f"store: {error}")
         return None
-    differences = []
+
+
+def check_store(
+    found: Verification, record: StudyRecord, store: Store, *, sparse_hash: str | None
+) -> list[StoredEvaluation]:
+    """Compare the planned evaluations in the store with the manifest and with their identities.
+
+    Returns:
+        Those that are there.
+
+    Raises:
+        StoreError, MixedResultsError: The store cannot be read, or is not that of the study.
+    """
+    study_id = record.study_id(store)
+    study = next(item for item in store.studies() if item.study_id == study_id)
+    # A server may hold studies of others, whose faults are not this run's.
+    differences = [] if store.serves_many_hosts else [f"store: {fault}" for fault in store.check()]
     wanted = [(role, identity) for role, identities in record.evaluations.items() for identity in identities]
     ids = store.ids_of(study_id, [identity for _, identity in wanted])
     evaluations = find_evaluations(record, store)

@@ -81,7 +81,7 @@ def work_through(
     while True:
         executor.run(store, study_id, evaluation_ids=evaluation_ids, on_done=on_done, go_on=go_on)
         counts = store.counts(study_id, evaluation_ids=evaluation_ids)
-        if not go_on() or counts["running"] + counts["pending"] == 0:
+        if counts["running"] + counts["pending"] == 0 or not go_on():
             break
         if not said:
             listener.message(f"waiting for {counts['running']} evaluations that other processes have in hand")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from tribute import pulse
-from tribute.behaviors.features import Features, check_images
+from tribute.behaviors.features import Features, check_images, features_batch
 from tribute.data.tensors import release_pages
 from tribute.errors import BehaviorError
+from tribute.memory import FittingBatch
 from tribute.types import Images
 
 if TYPE_CHECKING:
@@ -46,22 +49,29 @@ class NetworkExtractor:
 
         Raises:
             BehaviorError: They are no images, or the network gives NaN or infinity.
+            OutOfMemory: Not even one image fits into memory.
         """
         import torch
 
         check_images(images)
         if not len(images):
             raise BehaviorError(f"The extractor {self.name} needs at least 1 image; found none.")
-        step = batch_size or self.batch_size
-        embeddings, probabilities = [], []
+
+        def features_of(rows: range) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
+            pulse.beat()
+            batch = torch.from_numpy(np.array(images[rows.start : rows.stop])).to(self.device)
+            release_pages(images)
+            pixels = batch.permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()  # (b, 3, h, w)
+            embedded, classes = self.forward(pixels)
+            return embedded.float().cpu().numpy(), None if classes is None else classes.float().cpu().numpy()
+
+        fitting = self._fitting if batch_size is None else features_batch(batch_size)
         with torch.inference_mode():
-            for start in range(0, len(images), step):
-                pulse.beat()
-                batch = torch.from_numpy(np.array(images[start : start + step])).to(self.device)
-                release_pages(images)
-                pixels = batch.permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()  # (b, 3, h, w)
-                embedded, classes = self.forward(pixels)
-                embeddings.append(embedded.float().cpu().numpy())
-                if classes is not None:
-                    probabilities.append(classes.float().cpu().numpy())
-        return Features(images, np.concatenate(embeddings), np.concatenate(probabilities) if probabilities else None)
+            parts = fitting.map(len(images), features_of)
+        probabilities = [classes for _, classes in parts if classes is not None]
+        embeddings = np.concatenate([embedded for embedded, _ in parts])
+        return Features(images, embeddings, np.concatenate(probabilities) if probabilities else None)
+
+    @cached_property
+    def _fitting(self) -> FittingBatch:
+        return features_batch(self.batch_size)
