@@ -228,6 +228,13 @@ def test_paper_is_light_and_whole(browser: Browser, tmp_path: Path, large: Writt
         page.locator("#behavior-1-table tbody tr").last.evaluate("row => getComputedStyle(row).breakInside") == "avoid"
     )
     assert page.locator("a.term").first.evaluate("a => getComputedStyle(a).textDecorationLine") == "underline"
+    page.set_viewport_size({"width": 688, "height": 1000})  # 182 mm, between the margins of A4
+    assert page.evaluate("document.documentElement.scrollWidth") <= 688
+    row = page.locator("#behavior-1-table tbody tr").first
+    assert row.evaluate("row => getComputedStyle(row).display") == "table-row", "no cards on paper"
+    assert page.locator("#behavior-1-table thead").evaluate("head => getComputedStyle(head).display") == (
+        "table-header-group"
+    )
     pdf = page.pdf(prefer_css_page_size=True, print_background=True)
     assert pdf.startswith(b"%PDF") and pdf.count(b"/Type /Page\n") + pdf.count(b"/Type /Page ") >= 10
     sizes = {part.split(b"]")[0] for part in pdf.split(b"/MediaBox [")[1:]}

@@ -95,7 +95,7 @@ def test_an_uncertain_leader_has_rivals_that_are_named(tmp_path: Path) -> None:
     first, second = (
         ("contributor 1", "contributor 2") if answer.startswith("contributor 1") else ("contributor 2", "contributor 1")
     )
-    assert answer.startswith(f"{first} contributes most")
+    assert answer.startswith(f"{first} has the largest estimate: their ")
     assert answer.endswith(f"this lead is not certain, {second} may be ahead.")
 
 
