@@ -62,8 +62,8 @@ def print_pilot(result: PilotResult) -> None:
         f"{result.study}: {result.n_coalitions} coalitions by sparsified fine-tuning (sFT) and by retraining",
         ["behavior", "corr.", "95 %", "sFT", "retr.", "sparse", "full", "noise"],
         [behavior_row(item) for item in result.behaviors],
-        note="corr.: of the ranks; sFT and retr.: means over the coalitions; noise: standard deviation between two training "
-        "seeds over that between coalitions, by sFT and by retraining; with one pair each, it is rough",
+        note="corr.: of the ranks; sFT and retr.: means over the coalitions; noise: standard deviation between two "
+        "training seeds over that between coalitions, by sFT and by retraining; with one pair each, it is rough",
     )
     for item in result.behaviors:
         print_line(f"{item.name}: {TITLES[item.verdict]}")
