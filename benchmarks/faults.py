@@ -8,6 +8,11 @@ twice but what was in flight.
 
     python -m benchmarks.faults                       # 20 moments, each its own study
     python -m benchmarks.faults --n_moments 60 --seed 1
+    python -m benchmarks.faults --victim worker       # 20 workers of Ray, one after the other, in one run
+    python -m benchmarks.faults --victim raylet       # Ray itself, 20 times in one study that is run again each time
+    python -m benchmarks.faults --victim ray_driver   # the process that leads workers of Ray, likewise
+
+With Ray only the stages in which it works are hit; a moment is then a number of claimed evaluations.
 """
 
 from __future__ import annotations
@@ -96,7 +101,16 @@ STUDY = {
 }
 N_EVALUATIONS = 2 + 14 + 10 + 4
 
-BEHAVIORS = "def brightness(images):\n    return float(images.mean())\n"
+BEHAVIORS = """
+import os
+from pathlib import Path
+
+def brightness(images):
+    log = os.open(Path(__file__).with_name("measured.log"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(log, b"measured\\n")
+    os.close(log)
+    return float(images.mean())
+"""
 
 
 @dataclass(frozen=True)
@@ -424,19 +438,128 @@ def kill_and_continue(
     return Harm(len(moments), n_in_flight, differing)
 
 
+def run_with_ray(place: Place, victim: str, claims: list[int]) -> None:
+    """Run a study with two workers of Ray, and kill when so many evaluations have been claimed.
+
+    Args:
+        place: Of the study.
+        victim: `worker`, each time one that is at work; `raylet` or `ray_driver`, once.
+        claims: Numbers of claims of this run.
+    """
+    from tribute import pulse
+    from tribute.config import StudyConfig
+    from tribute.store.records import Store
+    from tribute.study.outputs import write_outputs
+    from tribute.study.ray_executor import RayExecutor
+    from tribute.study.run import run_study
+
+    os.environ["TRIBUTE_CACHE"] = str(place.root / "cache")
+    sys.path.insert(0, str(place.root))
+    executors: list[RayExecutor] = []
+    due = list(claims)
+    n_claimed = 0
+    start, claim, beat = RayExecutor._start, Store.claim, pulse.beat
+
+    def noted_start(executor: RayExecutor) -> None:
+        executors[:] = [executor]
+        start(executor)
+
+    def counted_claim(store: Store, *arguments: Any, **options: Any) -> Any:
+        nonlocal n_claimed
+        claimed = claim(store, *arguments, **options)
+        n_claimed += claimed is not None
+        return claimed
+
+    def killing_beat() -> None:
+        beat()
+        if not due or n_claimed < due[0] or not executors:
+            return
+        busy = [worker for worker in executors[0]._workers if worker.task is not None and worker.provenance]
+        if not busy:
+            return
+        pids = {"worker": busy[0].provenance["pid"], "ray_driver": os.getpid()}
+        pid = raylet_of(os.getpid()) if victim == "raylet" else pids[victim]
+        due.pop(0)
+        with (place.root / "kills.log").open("a") as log:
+            log.write(f"{victim} {busy[0].task[1].spec.role if busy[0].task else ''}\n")
+        os.kill(pid, signal.SIGKILL)
+
+    RayExecutor._start, Store.claim, pulse.beat = noted_start, counted_claim, killing_beat  # pyright: ignore[reportAttributeAccessIssue]
+    settings = place.settings() | {"execution": {"executor": "ray", "workers": 2}}
+    (place.root / "log.jsonl").touch()
+    watch = Watch(place, None)
+    result = run_study(StudyConfig.parse(settings, where="the study"), _Listener(watch))
+    if result is not None:
+        write_outputs(result)
+
+
+def raylet_of(pid: int) -> int:
+    """The raylet that a process started."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            head, _, rest = path.read_text().rpartition(")")
+        except OSError:
+            continue
+        if head.endswith("(raylet") and int(rest.split()[1]) == pid:
+            return int(path.parent.name)
+    raise RuntimeError("this process has no raylet")
+
+
+def kill_ray_and_continue(
+    context: ForkServerContext, place: Place, victim: str, n_kills: int, seed: int, undisturbed: Place
+) -> list[str]:
+    """Kill parts of Ray again and again, run the study to its end, and return what is not as in the undisturbed one."""
+    stream = numpy_stream(seed, "moments of death", victim)
+    if victim == "worker":
+        runs = [sorted(int(n) for n in stream.choice(np.arange(1, N_EVALUATIONS - 1), n_kills, replace=False))]
+    else:
+        runs = [[int(stream.integers(1, 6))] for _ in range(n_kills)]
+    runs.append([])  # to the end
+    n_claims_lost = 0
+    differing = []
+    for number, claims in enumerate(runs):
+        started = time.perf_counter()
+        process = context.Process(target=run_with_ray, args=(place, victim, claims))
+        process.start()
+        process.join()
+        statuses = Counter(check_store(place).values())
+        n_claims_lost += len(claims) if victim == "worker" else 2  # of the two workers
+        seconds = time.perf_counter() - started
+        print(f"  run {number + 1}: status {process.exitcode}, {dict(statuses)} ({seconds:.0f} s)", flush=True)
+    n_hit = len((place.root / "kills.log").read_text().splitlines())
+    expected, found = read_outcome(undisturbed), read_outcome(place)
+    if expected != found:
+        differing.append("evaluations or attributions differ")
+    n_measured = len((place.root / "measured.log").read_text().splitlines())
+    if n_measured > N_EVALUATIONS + n_claims_lost:
+        differing.append(f"{n_measured} measured, expected at most {N_EVALUATIONS} and {n_claims_lost} in flight")
+    differing += [f"left behind: {name}" for name in sorted(tree(place) - tree(undisturbed))]
+    print(f"{n_hit} times killed: {victim}; {n_measured} measurements of {N_EVALUATIONS}")
+    return differing
+
+
 def main() -> None:
     """Kill, continue, compare; one line for each moment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n_moments", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--victim", choices=["driver", "worker", "raylet", "ray_driver"], default="driver")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    with_classifier = arguments.victim == "driver"
     with tempfile.TemporaryDirectory() as folder:
-        undisturbed = Place(Path(folder) / "undisturbed", with_classifier=True).prepare()
+        undisturbed = Place(Path(folder) / "undisturbed", with_classifier).prepare()
         if run_in_child(context, undisturbed) != 0:
             raise SystemExit("the undisturbed study did not come to its end")
+        if arguments.victim != "driver":
+            place = Place(Path(folder) / arguments.victim).prepare()
+            differing = kill_ray_and_continue(
+                context, place, arguments.victim, arguments.n_moments, arguments.seed, undisturbed
+            )
+            print("; ".join(differing) or "identical")
+            raise SystemExit(bool(differing))
         moments = draw_moments(read_counts(undisturbed), arguments.seed, n_moments=arguments.n_moments)
         n_bad = 0
         for number, moment in enumerate(moments):

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import pytest
 
-from tribute.files import sha256_of_file, write_whole, write_whole_dir
+from tribute.files import sha256_of_file, unfinished_path, write_whole, write_whole_dir
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -110,7 +109,7 @@ def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path: Path, monk
 
 
 def test_what_a_killed_process_left_does_not_disturb(tmp_path: Path) -> None:
-    leftover = tmp_path / f".model.{os.getpid()}.partial"
+    leftover = unfinished_path(tmp_path / "model")
     leftover.mkdir()
     fill(leftover, "half")
     write_whole_dir(tmp_path / "model", lambda folder: fill(folder, "a"))

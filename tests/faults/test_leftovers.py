@@ -14,8 +14,17 @@ import pytest
 
 from tribute import files
 from tribute.behaviors.features import read_artifact, write_artifact
+from tribute.config import StudyConfig
 from tribute.errors import CheckpointError
 from tribute.files import remove_leftovers, room_sentence, unfinished_path, write_whole_dir
+
+
+class Quiet:
+    """A listener that hears nothing."""
+
+    def stage(self, title: str) -> None: ...
+    def message(self, text: str) -> None: ...
+    def progress(self, title: str, n_done: int, n_total: int, text: str) -> None: ...
 
 
 @pytest.fixture
@@ -131,6 +140,24 @@ def test_a_checkpoint_left_half_deleted_is_deleted_by_the_next_run(
     (tmp_path / "ckpt_steps_00000002").mkdir()
     (tmp_path / "ckpt_steps_00000002" / "ema.safetensors").write_text("not yet deleted")
     assert train() == ["ckpt_steps_00000004"]
+
+
+def test_a_damaged_pruned_model_is_kept_aside_and_pruned_again(make_study: Callable[..., StudyConfig]) -> None:
+    from tribute.study.run import prepare_study
+
+    config = make_study()
+
+    def prepared_hash() -> str:
+        prepared = prepare_study(config, Quiet())
+        assert prepared is not None
+        return prepared.sparse.model_hash
+
+    expected = prepared_hash()
+    (pruned,) = (config.run_dir / "digits" / "pruned").rglob("ckpt_steps_*")
+    (pruned / "unet.safetensors").write_bytes(b"damaged")
+    (pruned.parent / begin(pruned, os.getppid()).name).mkdir()  # and another process is at work beside it
+    assert prepared_hash() == expected
+    assert (pruned.parent / f"{pruned.name}.damaged").is_dir() and pruned.is_dir()
 
 
 def test_the_room_on_a_disk_is_said(tmp_path: Path) -> None:

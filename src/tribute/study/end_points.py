@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tribute.errors import FitError
 from tribute.store.records import Store
 
 TITLES = {"empty": "the empty coalition", "grand": "the grand coalition"}
@@ -28,15 +27,6 @@ class EndPointsWatch:
     def can_be_had(self) -> bool:
         """False where every evaluation of an end point has failed; what is in hand or to be tried again may succeed."""
         return not self._failed_roles()
-
-    def check(self) -> None:
-        """Refuse to go on without an end point.
-
-        Raises:
-            FitError: Every evaluation of one has failed; the message gives the reason.
-        """
-        for role in self._failed_roles():
-            raise FitError(failure_of(self.store, self.study_id, role, self.evaluation_ids))
 
     def _failed_roles(self) -> list[str]:
         failed = []
