@@ -9,8 +9,8 @@ twice but what was in flight.
     python -m benchmarks.faults                       # 20 moments, each its own study
     python -m benchmarks.faults --n_moments 60 --seed 1
     python -m benchmarks.faults --victim worker       # 20 workers of Ray, one after the other, in one run
-    python -m benchmarks.faults --victim raylet       # Ray itself, 20 times in one study that is run again each time
-    python -m benchmarks.faults --victim ray_driver   # the process that leads workers of Ray, likewise
+    python -m benchmarks.faults --victim raylet       # Ray itself, in 20 studies: workers outlive it by some seconds
+    python -m benchmarks.faults --victim ray_driver   # the driver of workers, 20 times in one study
 
 With Ray only the stages in which it works are hit; a moment is then a number of claimed evaluations.
 """
@@ -446,45 +446,28 @@ def run_with_ray(place: Place, victim: str, claims: list[int]) -> None:
         victim: `worker`, each time one that is at work; `raylet` or `ray_driver`, once.
         claims: Numbers of claims of this run.
     """
-    from tribute import pulse
     from tribute.config import StudyConfig
-    from tribute.store.records import Store
     from tribute.study.outputs import write_outputs
     from tribute.study.ray_executor import RayExecutor
     from tribute.study.run import run_study
 
     os.environ["TRIBUTE_CACHE"] = str(place.root / "cache")
     sys.path.insert(0, str(place.root))
-    executors: list[RayExecutor] = []
-    due = list(claims)
     n_claimed = 0
-    start, claim, beat = RayExecutor._start, Store.claim, pulse.beat
+    hand_out = RayExecutor._hand_out
 
-    def noted_start(executor: RayExecutor) -> None:
-        executors[:] = [executor]
-        start(executor)
-
-    def counted_claim(store: Store, *arguments: Any, **options: Any) -> Any:
+    def deadly_hand_out(executor: RayExecutor, worker: Any, claimed: Any) -> None:
         nonlocal n_claimed
-        claimed = claim(store, *arguments, **options)
-        n_claimed += claimed is not None
-        return claimed
+        hand_out(executor, worker, claimed)
+        n_claimed += 1
+        if n_claimed in claims:
+            pids = {"worker": worker.provenance["pid"], "ray_driver": os.getpid()}
+            pid = raylet_of(os.getpid()) if victim == "raylet" else pids[victim]
+            with (place.root / "kills.log").open("a") as log:
+                log.write(f"{claimed.spec.role}\n")
+            os.kill(pid, signal.SIGKILL)
 
-    def killing_beat() -> None:
-        beat()
-        if not due or n_claimed < due[0] or not executors:
-            return
-        busy = [worker for worker in executors[0]._workers if worker.task is not None and worker.provenance]
-        if not busy:
-            return
-        pids = {"worker": busy[0].provenance["pid"], "ray_driver": os.getpid()}
-        pid = raylet_of(os.getpid()) if victim == "raylet" else pids[victim]
-        due.pop(0)
-        with (place.root / "kills.log").open("a") as log:
-            log.write(f"{victim} {busy[0].task[1].spec.role if busy[0].task else ''}\n")
-        os.kill(pid, signal.SIGKILL)
-
-    RayExecutor._start, Store.claim, pulse.beat = noted_start, counted_claim, killing_beat  # pyright: ignore[reportAttributeAccessIssue]
+    RayExecutor._hand_out = deadly_hand_out  # pyright: ignore[reportAttributeAccessIssue]
     settings = place.settings() | {"execution": {"executor": "ray", "workers": 2}}
     (place.root / "log.jsonl").touch()
     watch = Watch(place, None)
@@ -505,16 +488,23 @@ def raylet_of(pid: int) -> int:
     raise RuntimeError("this process has no raylet")
 
 
-def kill_ray_and_continue(
-    context: ForkServerContext, place: Place, victim: str, n_kills: int, seed: int, undisturbed: Place
-) -> list[str]:
-    """Kill parts of Ray again and again, run the study to its end, and return what is not as in the undisturbed one."""
+def draw_claims(victim: str, n_kills: int, seed: int) -> list[list[list[int]]]:
+    """For each study, for each of its runs but the last: after how many claims to kill."""
     stream = numpy_stream(seed, "moments of death", victim)
     if victim == "worker":
-        runs = [sorted(int(n) for n in stream.choice(np.arange(1, N_EVALUATIONS - 1), n_kills, replace=False))]
-    else:
-        runs = [[int(stream.integers(1, 6))] for _ in range(n_kills)]
-    runs.append([])  # to the end
+        # Never two in a row: an evaluation whose worker dies three times is set aside, as it should be.
+        claims = stream.choice(np.arange(2, 2 * n_kills + 12, 2), n_kills, replace=False)
+        return [[sorted(int(n) for n in claims)]]
+    if victim == "raylet":
+        return [[[int(stream.integers(1, N_EVALUATIONS - 2))]] for _ in range(n_kills)]
+    return [[[int(stream.integers(2, 6))] for _ in range(n_kills)]]  # two are in hand, the others are done
+
+
+def kill_ray_and_continue(
+    context: ForkServerContext, place: Place, victim: str, runs: list[list[int]], undisturbed: Place
+) -> list[str]:
+    """Kill parts of Ray, run the study to its end, and return what is not as in the undisturbed one."""
+    runs = [*runs, []]  # to the end
     n_claims_lost = 0
     differing = []
     for number, claims in enumerate(runs):
@@ -526,7 +516,7 @@ def kill_ray_and_continue(
         n_claims_lost += len(claims) if victim == "worker" else 2  # of the two workers
         seconds = time.perf_counter() - started
         print(f"  run {number + 1}: status {process.exitcode}, {dict(statuses)} ({seconds:.0f} s)", flush=True)
-    n_hit = len((place.root / "kills.log").read_text().splitlines())
+    hit = Counter((place.root / "kills.log").read_text().splitlines())
     expected, found = read_outcome(undisturbed), read_outcome(place)
     if expected != found:
         differing.append("evaluations or attributions differ")
@@ -534,7 +524,7 @@ def kill_ray_and_continue(
     if n_measured > N_EVALUATIONS + n_claims_lost:
         differing.append(f"{n_measured} measured, expected at most {N_EVALUATIONS} and {n_claims_lost} in flight")
     differing += [f"left behind: {name}" for name in sorted(tree(place) - tree(undisturbed))]
-    print(f"{n_hit} times killed: {victim}; {n_measured} measurements of {N_EVALUATIONS}")
+    print(f"{victim} killed {hit.total()} times {dict(hit)}; {n_measured} measurements for {N_EVALUATIONS} evaluations")
     return differing
 
 
@@ -554,12 +544,13 @@ def main() -> None:
         if run_in_child(context, undisturbed) != 0:
             raise SystemExit("the undisturbed study did not come to its end")
         if arguments.victim != "driver":
-            place = Place(Path(folder) / arguments.victim).prepare()
-            differing = kill_ray_and_continue(
-                context, place, arguments.victim, arguments.n_moments, arguments.seed, undisturbed
-            )
-            print("; ".join(differing) or "identical")
-            raise SystemExit(bool(differing))
+            n_bad = 0
+            for number, runs in enumerate(draw_claims(arguments.victim, arguments.n_moments, arguments.seed)):
+                place = Place(Path(folder) / f"{arguments.victim}-{number}").prepare()
+                differing = kill_ray_and_continue(context, place, arguments.victim, runs, undisturbed)
+                n_bad += bool(differing)
+                print("; ".join(differing) or "identical", flush=True)
+            raise SystemExit(bool(n_bad))
         moments = draw_moments(read_counts(undisturbed), arguments.seed, n_moments=arguments.n_moments)
         n_bad = 0
         for number, moment in enumerate(moments):
