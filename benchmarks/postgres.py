@@ -105,6 +105,7 @@ class PostgresServer:
             f"WHERE datname = '{name}' AND pid <> pg_backend_pid()",
             "DROP SCHEMA public CASCADE",
             "CREATE SCHEMA public",
+            "GRANT USAGE ON SCHEMA public TO PUBLIC",
         )
         self._free_databases.append(name)
 

@@ -27,11 +27,12 @@ from typing import Any
 
 import numpy as np
 
-from tribute.config import load_preset
+from tribute.config import StudyConfig, load_preset
 from tribute.games.coalitions import empty_coalition, grand_coalition
 from tribute.games.designs import coalitions_from
 from tribute.seeding import numpy_stream
 from tribute.store.records import EvaluationSpec, FinishedEvaluation, Store, Study
+from tribute.study.record import StudyRecord, by_role
 from tribute.types import CoalitionMask
 
 BASELINE = [sys.executable, "-c", "import numpy, scipy, sqlalchemy"]
@@ -48,7 +49,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "results.db"
-        n_fit = write_store(store, arguments.n_contributors, arguments.n_evaluations)
+        n_fit = write_study(Path(folder), store, arguments.n_contributors, arguments.n_evaluations)
         print(f"{arguments.n_evaluations} evaluations, {n_fit} of them fit coalitions of {arguments.n_contributors}")
         flags = lds_flags(store)
         if arguments.profile:
@@ -58,7 +59,9 @@ def main() -> None:
         commands = {
             "import numpy, scipy, sqlalchemy": BASELINE,
             "tribute --help": [*program, "--help"],
+            "tribute status": [*program, "status", str(Path(folder) / "study.yaml")],
             "tribute lds": [*program, "lds", *flags, "--test_exp_name", "study"],
+            "tribute lds --no_convergence": [*program, "lds", *flags, "--test_exp_name", "study", "--no_convergence"],
             "tribute lds, no test coalitions": [*program, "lds", *flags],
         }
         seconds = time_commands(commands, arguments.repeats)
@@ -107,8 +110,8 @@ def profile(flags: list[str]) -> None:
     pstats.Stats(profiler).sort_stats("cumulative").print_stats(45)
 
 
-def write_store(path: Path, n_contributors: int, n_evaluations: int) -> int:
-    """A store of a finished study; the number of its fit coalitions."""
+def write_study(folder: Path, path: Path, n_contributors: int, n_evaluations: int) -> int:
+    """The store and the run folder of a finished study; the number of its fit coalitions."""
     stream = numpy_stream(0, "benchmark.start_up")
     credit = stream.normal(size=n_contributors)
     settings = {method: real_settings(method) for method in ("gd", "retrain")}
@@ -158,6 +161,21 @@ def write_store(path: Path, n_contributors: int, n_evaluations: int) -> int:
     )
     with Store.open(path) as store:
         store.add_finished({study: results})
+    values = {"name": "study", "outdir": str(folder), "db": str(path), "fit": {"n_coalitions": n_fit}}
+    config = StudyConfig.parse(values, where="benchmark")
+    (folder / "study.yaml").write_text(config.to_yaml())
+    StudyRecord(
+        name=study.name,
+        dataset=study.dataset,
+        contributor_names=study.contributor_names,
+        n_examples=study.n_examples,
+        fingerprint=study.fingerprint,
+        behaviors=("fid", "inception_score"),
+        evaluations=by_role([result.spec for result in results]),
+        models={},
+        classifier_accuracy=None,
+        provenance={},
+    ).write(config.run_dir)
     return n_fit
 
 

@@ -145,7 +145,15 @@ def write_synthetic_study(
         fingerprint="0" * 64,
         behaviors=tuple(item.name for item in behaviors),
         evaluations=by_role(specs),
-        models={"full": {"n_steps": 1000}, "sparse": {"n_steps": 500, "n_params": 1000, "n_params_pruned": 400}},
+        models={
+            "full": {"n_steps": 1000, "seconds_train": 420.0, "n_processes": 1},
+            "sparse": {
+                "n_steps": 500,
+                "seconds_train": 150.0,
+                "n_processes": 1,
+                "n_parameters": {"before": 1000, "after": 400},
+            },
+        },
         classifier_accuracy=0.97,
         provenance=PROVENANCE,
     )

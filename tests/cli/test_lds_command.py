@@ -297,6 +297,17 @@ def test_an_estimator_that_cannot_be_fitted_says_why_beside_the_others(capsys: p
     assert "permutation" in message
 
 
+def test_without_convergence_the_last_row_and_the_attributions_are_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    record([*END_POINTS, *drawn("orthogonal", 30), *retrained(0.5)])
+    title = "LDS x 100 of is against"
+    whole = printed(SCORED + " --estimator size_adjusted", capsys)
+    last = printed(SCORED + " --estimator size_adjusted --no_convergence", capsys)
+    assert len(cells(whole, title)) > 1
+    assert list(cells(last, title).items()) == list(cells(whole, title).items())[-1:]
+    attributions = [text.partition(": shapley (size_adjusted)")[2] for text in (last, whole)]
+    assert attributions[0] == attributions[1] != ""
+
+
 def test_one_at_a_time_kernels_use_all_coalitions_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
     record([*END_POINTS, *drawn("orthogonal", 30), *drawn("loo", N), *drawn("loo", N, opt_seed=43), *retrained(0.5)])
     text = printed(SCORED.replace("_size 40", "_size 10") + " --estimator datamodel loo", capsys)

@@ -48,6 +48,7 @@ def make_study(workshop: Path) -> Callable[..., StudyConfig]:
             "behaviors": ["counted:brightness", "counted:contrast"],
             "fit": {"n_coalitions": 6, "n_end_points": 1},
             "test": {"n_coalitions": 0},
+            "pictures": {"n_images": 0},  # which measures further coalitions
             "n_threads": 1,
         }
         return StudyConfig.parse(values | changes, where="test")

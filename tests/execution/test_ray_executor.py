@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_study import SilentListener
-from workshop import Scripted, make_specs, n_calls, open_study, start_run, values_of, wait_for_line
+from workshop import (
+    Scripted,
+    credit_of,
+    make_specs,
+    n_calls,
+    open_study,
+    start_run,
+    undisturbed,
+    values_of,
+    wait_for_line,
+)
 
 from tribute.config import ExecutionConfig, StudyConfig
 from tribute.errors import MixedResultsError
@@ -184,18 +194,11 @@ def test_modules_with_behaviors_travel_and_others_of_their_name_are_refused(
 
 
 def test_serial_and_ray_give_the_same_bits(make_study: MakeStudy, workshop: Path, cluster: None) -> None:
-    test = {"n_coalitions": 2, "opt_seeds": [1]}
-    serial = make_study(name="serial", test=test)
-    expected = run_study(serial, SilentListener())
-    assert n_calls(workshop) == 10
-    config = make_study(name="ray", test=test, execution={"executor": "ray", "workers": 2})
-    found = run_study(config, SilentListener())
-    assert n_calls(workshop) == 20  # nothing was measured twice
-    assert values_of(config) == values_of(serial)
-    assert expected is not None and found is not None
-    for ours, theirs in zip(expected.behaviors, found.behaviors, strict=True):
-        for name, fitted in ours.attributions.items():
-            np.testing.assert_array_equal(fitted.values, theirs.attributions[name].values)
+    values, credit = undisturbed(workshop, make_study)
+    config = make_study(execution={"executor": "ray", "workers": 2})
+    assert credit_of(run_study(config, SilentListener())) == credit
+    assert values_of(config) == values
+    assert n_calls(workshop) == 8  # nothing was measured twice
     with Store.open(config.db_url, create=False) as store:
         processes = {item.provenance["pid"] for item in store.find()}
     assert os.getpid() not in processes
@@ -223,7 +226,8 @@ def test_a_signal_or_the_end_of_ray_leaves_everything_claimable(
     monkeypatch.setenv("RAY_health_check_failure_threshold", "3")
     os.mkfifo(workshop / "held")
     (workshop / "hold_at").write_text("3")
-    config = make_study(behaviors=["counted:held_apart"])
+    values, credit = undisturbed(workshop, make_study)
+    config = make_study(behaviors=["counted:held_apart", "counted:contrast"])
     process = start_run(config, workshop, "--executor", "ray", "--workers", "2")
     worker = int(wait_for_line(workshop / "held", process))
     (raylet,) = raylets_of(process.pid)
@@ -243,8 +247,6 @@ def test_a_signal_or_the_end_of_ray_leaves_everything_claimable(
         assert n_before >= 1
     assert not Path(f"/proc/{worker}").exists()  # no worker stays behind
     n_measured = n_calls(workshop)
-    run_study(config, SilentListener())
+    assert credit_of(run_study(config, SilentListener())) == credit
     assert n_calls(workshop) - n_measured == 8 - n_before
-    undisturbed = make_study(name="undisturbed", behaviors=["counted:held_apart"])
-    run_study(undisturbed, SilentListener())
-    assert values_of(config) == values_of(undisturbed)
+    assert values_of(config) == values

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 from tiny_study import SilentListener
-from workshop import n_calls, start_run, wait_until_held
+from workshop import n_calls, start_run, undisturbed, values_of, wait_until_held
 
 from tribute.config import StudyConfig
 from tribute.errors import StoreError
 from tribute.store.records import Store
+from tribute.study import work
 from tribute.study.run import run_study
 from tribute.study.run_folder import RunLock
 
@@ -44,6 +45,36 @@ def test_a_second_run_is_refused_and_changes_nothing_and_a_killed_one_leaves_no_
     with Store.open(config.db_url, create=False) as store:
         assert store.counts()["finished"] == 8
     assert n_calls(workshop) == 8 + 1
+
+
+def test_runs_on_a_server_share_the_measuring_and_double_nothing(
+    make_study: MakeStudy, workshop: Path, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run stands still in its third coalition; the second one does all the others, and waits for that one."""
+    values, _ = undisturbed(workshop, make_study)
+    monkeypatch.setattr(work, "SECONDS_BETWEEN_LOOKS", 0.1)
+    config = make_study(behaviors=["counted:held", "counted:contrast"], db=postgres_url)
+    (workshop / "hold_at").write_text("3")
+    first = start_run(config, workshop)
+    wait_until_held(first)
+
+    class GoesOn(SilentListener):
+        def message(self, text: str) -> None:
+            super().message(text)
+            if text == "waiting for 1 evaluations that other processes have in hand":
+                with Store.open(config.db_url) as store:
+                    assert store.counts() == {"pending": 0, "running": 1, "finished": 7, "failed": 0}
+                assert first.stdin is not None
+                first.stdin.write("\n")
+                first.stdin.flush()
+
+    listener = GoesOn()
+    run_study(config, listener)
+    _, error = first.communicate(timeout=120)
+    assert first.returncode == 0, error
+    assert listener.n_evaluations == 5
+    assert n_calls(workshop) == 8
+    assert values_of(config) == values
 
 
 def test_waiting_says_for_whom_and_gets_the_lock(tmp_path: Path) -> None:

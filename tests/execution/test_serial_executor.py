@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,17 @@ def test_the_lease_of_an_evaluation_in_hand_is_extended_from_a_thread(
 def test_settings_of_ray_without_ray_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="--executor ray"):
         check_execution(ExecutionConfig(**changes))
+
+
+@pytest.mark.parametrize("prefix", ["", "ray://"])
+def test_a_cluster_that_does_not_run_is_found_before_anything_is_trained(prefix: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        address = f"{prefix}127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=r"nothing answers at .*docs/clusters\.md"):
+            check_execution(ExecutionConfig(executor="ray", address=address))
+        taken.listen()
+        check_execution(ExecutionConfig(executor="ray", address=address))
 
 
 def test_ray_that_is_not_installed_is_an_error_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,33 +11,23 @@ from pathlib import Path
 
 import pytest
 from tiny_study import SilentListener
-from workshop import n_calls, start_run, values_of, wait_until_held
+from workshop import credit_of, n_calls, start_run, undisturbed, values_of, wait_until_held
 
 from tribute import pulse
 from tribute.cli.signals import stop_on_signals
 from tribute.config import StudyConfig
 from tribute.store.records import Store
-from tribute.study.results import StudyResult
 from tribute.study.run import run_study
 
 MakeStudy = Callable[..., StudyConfig]
-
-
-def credit(result: StudyResult | None) -> list[list[float]]:
-    assert result is not None
-    return [item.attributions["shapley"].values.tolist() for item in result.behaviors]
 
 
 @pytest.mark.parametrize(("number", "hold_at"), [(signal.SIGTERM, 4), (signal.SIGINT, 1)])
 def test_a_signal_ends_a_run_that_can_be_continued(
     make_study: MakeStudy, workshop: Path, number: signal.Signals, hold_at: int
 ) -> None:
-    behaviors = ["counted:held", "counted:contrast"]
-    undisturbed = make_study(name="undisturbed", behaviors=behaviors)
-    expected = credit(run_study(undisturbed, SilentListener()))
-    (workshop / "calls").unlink()
-
-    config = make_study(behaviors=behaviors)
+    values, credit = undisturbed(workshop, make_study)
+    config = make_study(behaviors=["counted:held", "counted:contrast"])
     (workshop / "hold_at").write_text(str(hold_at))
     process = start_run(config, workshop)
     wait_until_held(process)
@@ -54,8 +44,8 @@ def test_a_signal_ends_a_run_that_can_be_continued(
         assert sum(item.attempts for item in store.find()) == hold_at - 1
 
     again = run_study(config, SilentListener())
-    assert credit(again) == expected
-    assert values_of(config) == values_of(undisturbed)
+    assert credit_of(again) == credit
+    assert values_of(config) == values
     assert n_calls(workshop) == 8 + 1  # the one in hand is measured twice, nothing else
 
 

@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tiny_study import SilentListener
 
 from tribute import pulse
 from tribute.config import StudyConfig
@@ -20,6 +23,8 @@ from tribute.errors import BehaviorError, MixedResultsError
 from tribute.seeding import numpy_stream
 from tribute.store.records import EvaluationSpec, Store
 from tribute.study.executors import Measure
+from tribute.study.results import StudyResult
+from tribute.study.run import run_study
 from tribute.study.value_function import Evaluation
 from tribute.types import CoalitionMask
 
@@ -123,10 +128,35 @@ def wait_for_line(pipe: Path, process: subprocess.Popen[str]) -> str:
 
 
 def values_of(config: StudyConfig) -> list[tuple[float, ...]]:
-    """Behaviors of every finished evaluation, in an order of their own, without the name of the study."""
+    """Values of every finished evaluation, in an order of their own, without names of studies and behaviors."""
     with Store.open(config.db_url, create=False) as store:
         found = store.find(statuses=("finished",))
-    return sorted(tuple(item.behaviors.values()) for item in found)
+    return sorted(tuple(sorted(item.behaviors.values())) for item in found)
+
+
+def credit_of(result: StudyResult | None) -> list[list[float]]:
+    """Shapley values of every behavior."""
+    assert result is not None
+    return [item.attributions["shapley"].values.tolist() for item in result.behaviors]
+
+
+@cache
+def _undisturbed(folder: Path) -> tuple[list[tuple[float, ...]], list[list[float]]]:
+    config = StudyConfig.from_yaml(folder / "undisturbed.yaml")
+    credit = credit_of(run_study(config, SilentListener()))
+    (folder / "calls").unlink()
+    return values_of(config), credit
+
+
+_first: list[Path] = []
+
+
+def undisturbed(folder: Path, make_study: Callable[..., StudyConfig]) -> tuple[list[Any], list[list[float]]]:
+    """Values and credit of the study of `make_study` that nothing disturbed, measured once for all tests."""
+    if not _first:
+        (folder / "undisturbed.yaml").write_text(make_study(name="undisturbed").to_yaml())
+        _first.append(folder)
+    return _undisturbed(_first[0])
 
 
 def make_specs(n: int) -> list[EvaluationSpec]:

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from tribute.cli import main
 from tribute.config import Preset, StudyConfig
 from tribute.errors import MixedResultsError
 from tribute.store.records import Store
 from tribute.study import latents as study_latents
+from tribute.study.pictures import read_pictures
 from tribute.study.run import run_study
 
 MakePreset = Callable[..., Preset]
@@ -175,13 +177,21 @@ def test_a_whole_study_runs_on_latents(
         "test": {"n_coalitions": 0},
         "n_threads": 1,
     }
-    result = run_study(StudyConfig.parse(values, where="test"), Silent())
+    config = StudyConfig.parse(values, where="test")
+    result = run_study(config, Silent())
     (found,) = result.behaviors
     assert found.fit_masks.shape == (8, 4)
     assert len(np.unique(found.fit_behaviors)) > 1
     np.testing.assert_allclose(
         found.attributions["shapley"].values.sum(), found.end_points.grand.mean() - found.end_points.empty.mean()
     )
+    # Pictures are of decoded images.
+    full, sparse, *_ = read_pictures(config.run_dir)
+    size = config.load_preset().image_size
+    for shown in (full, sparse):
+        with Image.open(shown.path) as picture:
+            assert picture.mode == "RGB"
+            assert picture.width == shown.columns * (size + 1) * max(1, 64 // size)
     other = StudyConfig.parse({**values, "codec": str(codecs["vq2"])}, where="test")
     with pytest.raises(MixedResultsError, match="codec: saved"):
         run_study(other, Silent())

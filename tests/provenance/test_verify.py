@@ -465,6 +465,24 @@ def test_nothing_is_concluded_from_another_device(run_dir: Path, sql: Sql) -> No
 
 
 @pytest.mark.usefixtures("_one_thread")
+def test_another_classifier_is_a_difference_only_where_it_would_have_been_the_same(
+    run_dir: Path, sql: Sql, edit_json: Edit
+) -> None:
+    def with_classifier(values: dict[str, Any]) -> None:
+        values["extractors"]["classifier"] = {"fingerprint": "c1a551f1e8", "seed": 0}
+        rewrite_hash(values)
+
+    edit_json(FILE_NAME, with_classifier)
+    told = "extractor classifier: recorded fingerprint c1a551f1e8, found none"
+    assert told in differences(run_dir, deep=True)
+    sql("UPDATE evaluation SET provenance = json_set(provenance, '$.versions.torch', '9')")
+    found = verify_run(run_dir, deep=True)
+    assert found.differences == []
+    (line,) = found.unchecked
+    assert line.startswith(f"measurements: {told}: it was trained anew, with another versions")
+
+
+@pytest.mark.usefixtures("_one_thread")
 def test_a_model_that_was_loaded_is_looked_for_where_it_was(
     make_study: Callable[..., StudyConfig], write_pipeline: Callable[..., Path], tmp_path: Path
 ) -> None:

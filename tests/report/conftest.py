@@ -36,3 +36,18 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Written:
     folder = tmp_path_factory.mktemp("large")
     study = write_synthetic_study(folder, two_behaviors(n), contributor_names=names, n_fit=120, n_test=12)
     return make_report(study, payout=PayoutRequest("10000", "EUR", "pool"))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """Every kind of part, and not much of it, for what takes long on a large page."""
+    names = HOSTILE_NAMES[:1] + HOSTILE_NAMES[4:8] + ("nobody in particular",)
+    study = write_synthetic_study(
+        tmp_path_factory.mktemp("small"),
+        two_behaviors(6)[:1],
+        contributor_names=names,
+        n_fit=24,
+        n_finished=48,
+        n_test=12,
+    )
+    return make_report(study, payout=PayoutRequest("100"))

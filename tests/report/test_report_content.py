@@ -95,7 +95,7 @@ def test_an_uncertain_leader_has_rivals_that_are_named(tmp_path: Path) -> None:
     first, second = (
         ("contributor 1", "contributor 2") if answer.startswith("contributor 1") else ("contributor 2", "contributor 1")
     )
-    assert answer.startswith(f"{first} contributes most")
+    assert answer.startswith(f"{first} has the largest estimate: their ")
     assert answer.endswith(f"this lead is not certain, {second} may be ahead.")
 
 
@@ -198,6 +198,10 @@ def test_the_cost_is_that_of_the_store(plain: Written) -> None:
     assert rows["Fit coalitions"][1] == "48 models" and rows["Fit coalitions"][2] == "4.8 s"
     assert rows["Fit coalitions"][3] == "3.8 min"  # 48 * 4.75 s
     assert rows["Test coalitions, retrained"][1] == "32 models"
+    assert rows["Training the full model"][1:4] == ["1,000 steps", "\u2013", "7.0 min"]
+    method = plain.document.by_id("method").text
+    assert "trained for 500 more steps. It has 40 % of the full model\u2019s parameters." in method
+    assert "recognises 97.0 % of images" in method
 
 
 def test_an_unfinished_study_says_so_in_its_first_lines(hostile: Written, plain: Written) -> None:

@@ -45,7 +45,7 @@ def open_study(store: Store) -> int:
     )
 
 
-def work(path: Path, worker: int, channel: Connection) -> None:
+def work(path: str | Path, worker: int, channel: Connection) -> None:
     """Open the new store, ask for everything one by one, and measure what can be had."""
     channel.recv()
     mine = []
@@ -73,10 +73,14 @@ def claim_and_hang(path: Path, channel: Connection) -> None:
             channel.recv()
 
 
-def test_processes_that_work_at_once_lose_and_double_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "results.db"
+@pytest.mark.parametrize(("database", "n_processes"), [("sqlite", 3), ("postgresql", 4)])
+def test_processes_that_work_at_once_lose_and_double_nothing(
+    tmp_path: Path, request: pytest.FixtureRequest, database: str, n_processes: int
+) -> None:
+    """From independent jobs that make the study and ask for the same evaluations, to the last result."""
+    path = tmp_path / "results.db" if database == "sqlite" else request.getfixturevalue("postgres_url")
     workers, channels = [], []
-    for worker in range(3):
+    for worker in range(n_processes):
         here, there = PROCESSES.Pipe()
         workers.append(PROCESSES.Process(target=work, args=(path, worker, there)))
         channels.append(here)
@@ -97,6 +101,7 @@ def test_processes_that_work_at_once_lose_and_double_nothing(tmp_path: Path) -> 
         np.testing.assert_array_equal(table.behaviors, np.arange(N_EVALUATIONS))
         found = store.find()
         assert all(stored.attempts == 1 for stored in found)
+        assert len(store.studies()) == 1 and store.check() == []
         for worker, mine in enumerate(claimed):
             assert [s.evaluation_id for s in found if s.provenance["worker"] == worker] == sorted(mine)
 

@@ -181,6 +181,21 @@ def test_claims_can_be_narrowed(store: Store, study_id: int) -> None:
     assert store.claim(roles=[]) is None
 
 
+@pytest.mark.parametrize("step", [1, 2])
+def test_claims_can_be_narrowed_to_thousands(store: Store, study_id: int, step: int) -> None:
+    ids = store.add(study_id, [spec(seed, priority=seed % 3) for seed in range(400)])
+    wanted = ids[10::step]
+    named = [*wanted, *range(10**6, 10**6 + 40_000 * step, step)]  # more than a statement of SQLite takes
+    found = store.find(study_id, evaluation_ids=named)
+    assert [s.evaluation_id for s in found] == wanted
+    assert store.counts(study_id, evaluation_ids=named)["pending"] == len(wanted)
+    order = sorted(found, key=lambda s: (s.spec.priority, s.evaluation_id))
+    assert [claimed(store, evaluation_ids=named).evaluation_id for _ in range(3)] == [
+        s.evaluation_id for s in order[:3]
+    ]
+    assert store.delete(study_id, statuses=["pending"], evaluation_ids=named) == len(wanted) - 3
+
+
 # From running to an end
 
 

@@ -315,6 +315,8 @@ def test_links_are_not_followed(study: PaperStudy, tmp_path: Path) -> None:
     (study.config.run_dir / "samples").symlink_to(outside, target_is_directory=True)
     (folder / "ckpt_steps_00000001").symlink_to(outside / "a" / "ckpt_steps_00000001", target_is_directory=True)
     (folder / "link.damaged").symlink_to(outside / "x.damaged")
+    found = [item.path for item in find_waste(study.config, None).files]
+    assert found == [folder / "link.damaged"], "of a link nothing goes but the link itself"
     main("gc", [str(study.path), "--yes"])
     main("reset", [str(study.path), "--stage", "full_model", "--yes"])
     assert files_below(outside) == before

@@ -12,7 +12,7 @@ from tribute.cli.arguments import SOURCE_FLAGS, Arguments, parse, source_options
 from tribute.cli.console import print_line
 from tribute.errors import CheckpointError, ConfigError
 
-_STORE_FLAGS = ("db", "out", "format", "exp_name", "dataset", *SOURCE_FLAGS)
+_STORE_FLAGS = ("db", "out", "format", "study", "exp_name", "dataset", *SOURCE_FLAGS)
 _MODEL_FLAGS = ("model", "to", "use_ema", "run")
 
 
@@ -20,10 +20,11 @@ class ExportArguments(Arguments):
     """Flags of `tribute export`: those of a store, or those of a model."""
 
     db: str | None = Field(default=None, description="Store: a file, or a SQLAlchemy URL.")
-    out: Path | None = Field(default=None, description="With --db: file to write.")
-    format: Literal["jsonl", "csv"] | None = Field(
-        default=None, description="With --db: jsonl (default), the published layout, or csv."
+    out: Path | None = Field(default=None, description="With --db: file to write; for parquet a folder.")
+    format: Literal["jsonl", "csv", "parquet"] | None = Field(
+        default=None, description="With --db: jsonl (default), the published layout; csv; or parquet, a backup."
     )
+    study: str | None = Field(default=None, description="With --format parquet: only the study of this name.")
     exp_name: str | None = Field(default=None, description="With --db: only this experiment.")
     dataset: str | None = Field(
         default=None, description="Write example indices of this dataset, as published; None: contributor indices."
@@ -78,6 +79,11 @@ def _export_store(arguments: ExportArguments, db: str, out: Path) -> None:
     from tribute.store.interchange import export_csv, export_jsonl
     from tribute.store.records import Store
 
+    if arguments.format == "parquet":
+        _back_up(arguments, db, out)
+        return
+    if arguments.study is not None:
+        raise ConfigError("--study: expected --format parquet; choose by --exp_name instead")
     options = source_options(arguments.dataset, arguments)
     if arguments.format == "csv" and options is not None:
         raise ConfigError("--dataset: CSV has no indices of examples; leave it out, or use --format jsonl")
@@ -88,6 +94,26 @@ def _export_store(arguments: ExportArguments, db: str, out: Path) -> None:
         else:
             n_lines = export_jsonl(store, out, contributor_of_example=owners, exp_name=arguments.exp_name)
     print_line(f"wrote {n_lines:,} evaluations to {out}")
+
+
+def _back_up(arguments: ExportArguments, db: str, folder: Path) -> None:
+    """Write whole studies, print how many evaluations they have."""
+    from tribute.store.backup import export_parquet
+    from tribute.store.records import Store
+
+    others = [f"--{name}" for name in ("exp_name", "dataset", *SOURCE_FLAGS) if getattr(arguments, name) is not None]
+    if others:
+        raise ConfigError(f"{', '.join(others)}: a backup holds whole studies; leave it out, or choose by --study")
+    with Store.open(db, create=False) as store:
+        study_ids = None
+        if arguments.study is not None:
+            found = store.studies(name=arguments.study)
+            if not found:
+                names = ", ".join(sorted({study.name for study in store.studies()})) or "none"
+                raise ConfigError(f"--study {arguments.study}: {db} has no study of this name; it has {names}")
+            study_ids = [study.study_id for study in found if study.study_id is not None]
+        n_evaluations = export_parquet(store, folder, study_ids=study_ids)
+    print_line(f"wrote {n_evaluations:,} evaluations to {folder}")
 
 
 def _export_model(model: Path, to: Path, *, use_ema: bool, run_dir: Path | None) -> None:

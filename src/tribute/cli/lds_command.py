@@ -116,6 +116,9 @@ class LdsArguments(Arguments):
         default=True, description="LDS intervals by bootstrap over test coalitions and training seeds (always)."
     )
     num_bootstrap_iters: int = Field(default=1000, gt=1, description="Bootstrap draws.")
+    convergence: bool = Field(
+        default=True, description="LDS against the number of fit coalitions; off: with all of them only, sooner."
+    )
     dry_run: bool = Field(default=False, description="Print the resolved settings and stop.")
 
 
@@ -145,7 +148,7 @@ def run(argv: Sequence[str], prog: str) -> None:
         threads = 1 if arguments.max_train_size <= MAX_SINGLE_THREADED else None
         with threadpool_limits(threads, user_api="blas"):
             fits[label] = fit_at_each_size(
-                arguments, usable[fit_law], end_points, kernel, estimator, scored=bool(tests)
+                arguments, usable[fit_law], end_points, kernel, estimator, every=bool(tests) and arguments.convergence
             )
     for alpha, test_set in tests.items():
         _print_lds(arguments, alpha, test_set, fits)
@@ -424,9 +427,9 @@ def fit_at_each_size(
     kernel: str,
     estimator: str | None,
     *,
-    scored: bool,
+    every: bool,
 ) -> list[FitAtSize]:
-    """Fits of one estimator to growing numbers of coalitions; only the largest where they are not scored."""
+    """Fits of one estimator to growing numbers of coalitions, or (not `every`) only to the largest."""
     n_fit, n_contributors = evaluations.masks.shape
     sizes = fit_sizes(n_contributors, n_fit, arguments.max_train_size, paired=evaluations.paired)
     if kernel in _ONE_AT_A_TIME:
@@ -441,7 +444,7 @@ def fit_at_each_size(
         ridge=arguments.ridge,
         interval=arguments.interval,
     )
-    return fit_at_sizes(evaluations.masks, evaluations.behaviors, sizes=sizes if scored else sizes[-1:], fit=fit)
+    return fit_at_sizes(evaluations.masks, evaluations.behaviors, sizes=sizes if every else sizes[-1:], fit=fit)
 
 
 def _print_lds(

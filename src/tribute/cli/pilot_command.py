@@ -60,10 +60,10 @@ def print_pilot(result: PilotResult) -> None:
     """The figures of every behavior, then the verdicts in words."""
     print_table(
         f"{result.study}: {result.n_coalitions} coalitions by sparsified fine-tuning (sFT) and by retraining",
-        ["behavior", "rank corr.", "95 % interval", "sFT", "retrained", "sparse", "full", "noise/spread"],
+        ["behavior", "corr.", "95 %", "sFT", "retr.", "sparse", "full", "noise"],
         [behavior_row(item) for item in result.behaviors],
-        note="sFT and retrained: means over the coalitions; noise/spread: standard deviation between two training "
-        "seeds over that between coalitions, by sFT and by retraining; with one pair each, it is rough",
+        note="corr.: of the ranks; sFT and retr.: means over the coalitions; noise: standard deviation between two "
+        "training seeds over that between coalitions, by sFT and by retraining; with one pair each, it is rough",
     )
     for item in result.behaviors:
         print_line(f"{item.name}: {TITLES[item.verdict]}")
@@ -82,14 +82,14 @@ def behavior_row(item: PilotBehavior) -> list[str]:
     """A behavior as table cells."""
     means = [sum(values) / len(values) for values in (item.sft, item.retrain)]
     noises = [
-        "-" if spread == 0 else f"{noise / spread:.2f}"
+        "-" if spread == 0 else f"{noise / spread:.1f}"
         for noise, spread in ((item.sft_noise, item.sft_spread), (item.retrain_noise, item.retrain_spread))
     ]
     return [
         item.name,
         f"{item.correlation:.2f}",
-        f"{item.interval[0]:.2f} to {item.interval[1]:.2f}",
-        *(f"{mean:.3f}" for mean in means),
-        *("-" if value is None else f"{value:.3f}" for value in (item.sparse, item.full)),
+        f"{item.interval[0]:.1f} to {item.interval[1]:.1f}",
+        *(f"{mean:.3g}" for mean in means),
+        *("-" if value is None else f"{value:.3g}" for value in (item.sparse, item.full)),
         ", ".join(noises),
     ]

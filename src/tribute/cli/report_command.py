@@ -16,6 +16,8 @@ from tribute.errors import ConfigError, StoreError
 from tribute.files import write_whole
 
 FILE_NAME = "report.html"
+PAYOUT_NAME = "payout.csv"
+"""Beside the report, where there is a budget."""
 
 
 class ReportArguments(Arguments):
@@ -36,6 +38,7 @@ def run(argv: Sequence[str], prog: str) -> None:
     """Parse the flags, write the page."""
     arguments = parse(ReportArguments, argv, prog=prog, description="Write the report of a study, at any moment.")
     from tribute.report.page import PayoutRequest, gather_page
+    from tribute.report.payout import payout_csv
     from tribute.report.render import render
     from tribute.store.records import Store
     from tribute.study.record import StudyRecord
@@ -52,10 +55,15 @@ def run(argv: Sequence[str], prog: str) -> None:
     with Store.open(config.db_url, create=False) as store:
         page = gather_page(config, record, store, behavior_names=arguments.behavior, payout=payout)
     path = arguments.out or config.run_dir / FILE_NAME
-    try:
-        write_whole(path, render(page))
-    except OSError as error:
-        raise StoreError(f"the report could not be written to {path} ({error}); make room, or set --out") from error
-    print_line(f"wrote {path}")
+    files = {path: render(page)}
+    payouts = [item.payout for item in page.payouts if item.payout is not None]
+    if payouts:
+        files[path.with_name(PAYOUT_NAME)] = payout_csv(payouts, record.contributor_names, record.n_examples)
+    for path, content in files.items():
+        try:
+            write_whole(path, content)
+        except OSError as error:
+            raise StoreError(f"{path} could not be written ({error}); make room, or set another --out") from error
+        print_line(f"wrote {path}")
     if not page.progress.is_complete:
         print_line(f"the study is not finished: {page.progress.sentence}")

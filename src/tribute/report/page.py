@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import base64
-import importlib
-import importlib.util
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 from tribute.config import StudyConfig
 from tribute.errors import ConfigError, FitError
@@ -24,6 +21,8 @@ from tribute.report.sentences import Sentence, say, term
 from tribute.store.records import Store
 from tribute.study.costs import read_costs
 from tribute.study.manifest import read_manifest
+from tribute.study.pictures import Picture, read_pictures
+from tribute.study.pilot_record import PilotResult, read_pilot
 from tribute.study.record import StudyRecord
 from tribute.study.results import summarise_behavior
 
@@ -204,6 +203,7 @@ class PayoutPage:
     rows: list[PayoutRow]
     total_text: str
     missing: str = ""
+    payout: Payout | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -295,8 +295,8 @@ def gather_page(
             pages.append(behavior_page(key, found, config, names, record.contributor_names, record.n_examples))
         except FitError as error:
             pages.append(page_without_credit(key, name, str(error)))
-    figures, n_left_out = _figures(_read("tribute.study.pictures", "read_pictures", config.run_dir) or [], names, pages)
-    pilot = _pilot_page(_read("tribute.study.pilot_record", "read_pilot", config.run_dir), pages)
+    figures, n_left_out = _figures(read_pictures(config.run_dir), names, pages)
+    pilot = _pilot_page(read_pilot(config.run_dir), pages)
     payouts = [] if payout is None else [_payout_page(payout, page, names) for page in pages]
     moment = time.gmtime(written)
     return ReportPage(
@@ -342,7 +342,7 @@ def _progress(record: StudyRecord, store: Store, study_id: int) -> Progress:
 
 
 def _figures(
-    pictures: Sequence[Any], names: Sequence[Label], pages: Sequence[BehaviorPage]
+    pictures: Sequence[Picture], names: Sequence[Label], pages: Sequence[BehaviorPage]
 ) -> tuple[list[PictureFigure], int]:
     """Pictures as data URIs, and how many are left out for their size."""
     titles = {page.name: page.title for page in pages}
@@ -377,12 +377,6 @@ def _figures(
     return figures, n_left_out
 
 
-def _read(module: str, function: str, run_dir: Path) -> Any:
-    if importlib.util.find_spec(module) is None:
-        return None
-    return getattr(importlib.import_module(module), function)(run_dir)
-
-
 def _png_bytes(path: Path) -> bytes | None:
     """The content of a PNG that is small enough for the page."""
     try:
@@ -394,7 +388,7 @@ def _png_bytes(path: Path) -> bytes | None:
     return content if content.startswith(_PNG) else None
 
 
-def _pilot_page(found: Any, pages: Sequence[BehaviorPage]) -> PilotPage | None:
+def _pilot_page(found: PilotResult | None, pages: Sequence[BehaviorPage]) -> PilotPage | None:
     if found is None:
         return None
     titles = {page.name: page.title for page in pages}
@@ -440,13 +434,15 @@ def _models(record: StudyRecord) -> list[Sentence]:
     """What is known of the models, in sentences."""
     sentences = []
     full, sparse = record.models.get("full", {}), record.models.get("sparse", {})
-    if "n_steps" in full:
+    if "origin" in full:
+        sentences.append(say("The full model was made elsewhere and loaded."))
+    elif "n_steps" in full:
         sentences.append(say("The full model was trained for {n} steps on everybody.", n=f"{int(full['n_steps']):,}"))
     if "n_steps" in sparse:
         smaller = ""
-        before, after = sparse.get("n_params"), sparse.get("n_params_pruned")
-        if isinstance(before, int) and isinstance(after, int) and before > 0:
-            smaller = f" It has {100 * after / before:.0f} % of the full model\u2019s parameters."
+        sizes = sparse.get("n_parameters", {})
+        if sizes.get("before"):
+            smaller = f" It has {100 * sizes['after'] / sizes['before']:.0f} % of the full model\u2019s parameters."
         sentences.append(
             say(
                 "The {sparse} was trained for {n} more steps.{smaller}",
@@ -505,7 +501,7 @@ def _payout_page(request: PayoutRequest, page: BehaviorPage, names: Sequence[Lab
         return PayoutPage(page, "", "", [], [], "", visible(str(error)))
     rows = [_payout_row(found, row.contributor_idx, names[row.contributor_idx]) for row in page.credit.rows]
     budget = money(found.budget, found.currency)
-    return PayoutPage(page, budget, found.policy, [visible(note) for note in found.notes], rows, budget)
+    return PayoutPage(page, budget, found.policy, [visible(note) for note in found.notes], rows, budget, payout=found)
 
 
 def _payout_row(found: Payout, i: int, name: Label) -> PayoutRow:

@@ -192,8 +192,9 @@ def answer(about: Measured) -> Sentence:
             share=number(percent(about.shares[leader]), "share"),
         )
     return say(
-        "{leader} contributes most: {examples} {verb} the {title} by {size} on average ({interval}){share}; {certain}.",
+        "{leader} {leads}: {examples} {verb} the {title} by {size} on average ({interval}){share}; {certain}.",
         leader=who(about.names[leader]),
+        leads="contributes most" if about.ranks[leader, 1] == 1 else "has the largest estimate",
         examples=_examples(about, leader, "their "),
         verb=about.verb,
         title=about.title,

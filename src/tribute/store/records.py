@@ -34,8 +34,8 @@ from sqlalchemy import (
     Select,
     String,
     and_,
-    any_,
     bindparam,
+    case,
     cast,
     delete,
     exists,
@@ -46,6 +46,7 @@ from sqlalchemy import (
     not_,
     or_,
     select,
+    true,
     update,
 )
 from sqlalchemy.engine import Connection
@@ -549,7 +550,7 @@ class Store:
             MixedResultsError: The study exists with other contributors.
         """
         asked = Study(name, dataset, tuple(contributor_names), tuple(int(n) for n in n_examples), fingerprint, config)
-        return self._write(lambda connection: _open_study(connection, asked))
+        return self._write(lambda connection: open_study_in(connection, asked))
 
     def studies(self, *, name: str | None = None, dataset: str | None = None) -> list[Study]:
         """The studies with this name and dataset, all by default, in the order they were made."""
@@ -661,7 +662,7 @@ class Store:
                 filters=given,
                 pending=ordered.where(evaluation.c.status == "pending"),
                 owners=select(owner.label("owner"), func.min(evaluation.c.lease_expires).label("first"))
-                .where(is_running, *where)
+                .where(is_running, *self._where(study_id, {}))  # of more than is asked for, for that takes no time
                 .group_by(owner),
                 abandoned=ordered.where(is_running, is_free),
             )
@@ -882,7 +883,7 @@ class Store:
         def record(connection: Connection) -> int:
             n_new = 0
             for asked, finished in results.items():
-                study_id = _open_study(connection, asked)
+                study_id = open_study_in(connection, asked)
                 ids = _add(connection, study_id, [result.spec for result in finished])
                 for evaluation_id, result in zip(ids, finished, strict=True):
                     plain = FinishedEvaluation(
@@ -1134,7 +1135,7 @@ def _chunks(items: Sequence[Any]) -> list[Sequence[Any]]:
     return [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
 
 
-def _open_study(connection: Connection, asked: Study) -> int:
+def open_study_in(connection: Connection, asked: Study) -> int:
     """Number of the study, made when it is new; refuses other contributors under its name."""
     # PostgreSQL would let two processes both find the study missing: they queue on this row.
     connection.execute(select(tables.schema).with_for_update())
@@ -1274,7 +1275,9 @@ def _among(ids: Sequence[int], *, is_sqlite: bool) -> ColumnElement[bool]:
     if is_sqlite:
         listed = func.json_each(json.dumps(numbers.tolist())).table_valued("value")
         return number.in_(select(listed.c.value))
-    return number == any_(bindparam("evaluation_ids", numbers.tolist(), type_=ARRAY(Integer), unique=True))
+    listed = func.unnest(bindparam("evaluation_ids", numbers.tolist(), type_=ARRAY(Integer), unique=True))
+    # Within CASE the list stays a table of hashes; as an array it is gone through for every row.
+    return case((number.in_(select(listed)), true()), else_=false())
 
 
 def _bindable(value: Any) -> Any:

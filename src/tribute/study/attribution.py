@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tribute.errors import FitError
 from tribute.games.coalitions import coalition_keys
 from tribute.games.kernels import ATTRIBUTION_KERNELS
 from tribute.games.lds import LDSCeiling, LDSComparison, LDSResult, LDSTestSet, disjoint_from, lds_ceiling
@@ -96,28 +95,26 @@ def split_by_seed(
 ) -> tuple[CoalitionMasks, npt.NDArray[np.float64]]:
     """Arrange test evaluations as distinct coalitions by training seeds.
 
-    Coalitions that some training seed lacks are left out, so that every seed is scored on the same ones.
+    Every seed is scored on the same coalitions, so what some seed lacks is left out: coalitions or whole seeds,
+    whichever leaves more evaluations. (In a study that is being measured the last seed may have only begun.)
     Several evaluations of a coalition with the same seed are averaged.
 
     Returns:
         Masks `(n_test, n_contributors)` and behaviors `(n_training_seeds, n_test)`.
     """
-    keys = np.array(coalition_keys(masks))
-    seeds = np.unique(opt_seeds)
-    _, first = np.unique(keys, return_index=True)
-    kept, columns = [], []
-    for row in np.sort(first):
-        same = keys == keys[row]
-        per_seed = [behaviors[same & (opt_seeds == seed)] for seed in seeds]
-        if all(len(values) for values in per_seed):
-            kept.append(row)
-            columns.append([values.mean() for values in per_seed])
-    if not kept:
-        raise FitError(
-            f"no test coalition was measured with every training seed ({', '.join(map(str, seeds))}); "
-            "measure the missing ones, or choose one seed"
-        )
-    return masks[kept], np.array(columns).T
+    keys, first, rows = np.unique(np.array(coalition_keys(masks)), return_index=True, return_inverse=True)
+    seeds, columns = np.unique(opt_seeds, return_inverse=True)
+    counts = np.zeros((len(keys), len(seeds)))
+    sums = np.zeros((len(keys), len(seeds)))
+    np.add.at(counts, (rows, columns), 1)
+    np.add.at(sums, (rows, columns), behaviors)
+    by_coverage = np.argsort(-(counts > 0).sum(axis=0), kind="stable")
+    common = np.logical_and.accumulate(counts[:, by_coverage] > 0, axis=1).sum(axis=0)
+    n_left = common * np.arange(1, len(seeds) + 1)
+    kept_seeds = np.sort(by_coverage[: len(seeds) - int(np.argmax(n_left[::-1]))])
+    kept = np.flatnonzero((counts[:, kept_seeds] > 0).all(axis=1))
+    kept = kept[np.argsort(first[kept])]
+    return masks[first[kept]], (sums[kept][:, kept_seeds] / counts[kept][:, kept_seeds]).T
 
 
 def without_tested(

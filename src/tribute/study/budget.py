@@ -187,7 +187,7 @@ def estimate_from_training(
         train = None if is_empty else trainings.get(method)
         n_trained = 0 if train is None else train.n_steps * train.examples_per_step
         n_called = sampling.n_samples * calls_per_image
-        return per_example[method] * (n_trained + _NETWORK_CALL * n_called)
+        return per_example.get(method, per_example["retrain"]) * (n_trained + _NETWORK_CALL * n_called)
 
     return estimate
 

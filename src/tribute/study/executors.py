@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 BEATS_PER_LEASE = 4
+MAX_SECONDS_BETWEEN_BEATS = 60.0
+CONNECT_SECONDS = 10.0
 
 
 class Measure(Protocol):
@@ -70,7 +73,8 @@ def check_execution(execution: ExecutionConfig) -> None:
     """Refuse, before anything is trained, an executor that this installation does not have.
 
     Raises:
-        ConfigError: Ray is asked for and not installed, or several workers without it.
+        ConfigError: Ray is asked for and not installed, nothing listens at its address, or there are several workers
+            without it.
     """
     if execution.executor == "ray":
         if importlib.util.find_spec("ray") is None:
@@ -78,6 +82,15 @@ def check_execution(execution: ExecutionConfig) -> None:
                 "execution.executor: ray is not installed, and the executor ray needs it; "
                 "pip install 'tribute[cluster]', or set executor: serial"
             )
+        host, colon, port = (execution.address or "").removeprefix("ray://").rpartition(":")
+        if colon:
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+            except (OSError, ValueError, OverflowError) as error:
+                raise ConfigError(
+                    f"execution.address: expected auto, HOST:6379 or ray://HOST:10001 of a cluster that runs; nothing "
+                    f"answers at {execution.address} ({error}). Start one (docs/clusters.md), or leave the address out"
+                ) from error
     elif execution.workers != 1 or execution.address is not None or execution.gpus_per_worker is not None:
         raise ConfigError(
             "execution: workers, gpus_per_worker and address are settings of the executor ray; found executor "
@@ -166,6 +179,11 @@ class Ledger:
         return False
 
 
+def seconds_between_beats(claimed: ClaimedEvaluation) -> float:
+    """How often the lease of a claim is extended; readers take the last time for a sign of life."""
+    return min(claimed.lease_seconds / BEATS_PER_LEASE, MAX_SECONDS_BETWEEN_BEATS)
+
+
 class Heartbeat:
     """Extends the lease of the evaluation in hand from a thread of its own, as long as this process's pulse beats.
 
@@ -196,7 +214,7 @@ class Heartbeat:
         self._thread.join(timeout=5.0)
 
     def _watch(self) -> None:
-        while not self._over.wait(self.claimed.lease_seconds / BEATS_PER_LEASE):
+        while not self._over.wait(seconds_between_beats(self.claimed)):
             self.beat()
 
     def beat(self) -> bool:

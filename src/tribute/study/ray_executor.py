@@ -35,7 +35,7 @@ from tribute.config import ExecutionConfig, Preset, StudyConfig
 from tribute.errors import ConfigError, MixedResultsError, StoreError, TributeError
 from tribute.models.checkpoint import Checkpoint
 from tribute.store.records import ClaimedEvaluation, Store
-from tribute.study.executors import BEATS_PER_LEASE, MAX_ATTEMPTS, Ledger, Measure, always
+from tribute.study.executors import MAX_ATTEMPTS, Ledger, Measure, always, seconds_between_beats
 from tribute.study.session import StudySession
 from tribute.study.value_function import Evaluation
 
@@ -275,12 +275,10 @@ class RayExecutor:
                 n_done += self._receive(ref, ledger, on_done)
             now = time.monotonic()
             self._look_after(ledger, now)
-            lease = min((w.task[1].lease_seconds for w in self._workers if w.task), default=0.0)
-            if lease and now - extended > lease / BEATS_PER_LEASE:
+            claims = [worker.task[1] for worker in self._workers if worker.task is not None]
+            if claims and now - extended > min(map(seconds_between_beats, claims)):
                 extended = now
-                for worker in self._workers:
-                    if worker.task is not None:
-                        ledger.store.heartbeat(worker.task[1])
+                ledger.store.heartbeat_all(claims)  # a result of one that is lost is refused when it comes
 
     def _wait(self) -> list[Any]:
         """What is there of results, set-ups and answers; waits a moment for the first."""
@@ -347,8 +345,8 @@ class RayExecutor:
             elif worker.task is not None and now - worker.looked > self.seconds_between_looks:
                 worker.looked = now
                 worker.answer = worker.actor.watch.remote()
-        waiting = [w for w in self._workers if w.ready is not None and now - w.started > SECONDS_FOR_A_PLACE]
-        if waiting and not self._said_no_place:
+        waiting = [worker for worker in self._workers if worker.ready is not None]
+        if any(now - worker.started > SECONDS_FOR_A_PLACE for worker in waiting) and not self._said_no_place:
             self._said_no_place = True
             free = ray.available_resources()
             self.on_message(
@@ -464,7 +462,8 @@ class RayExecutor:
                 where = "on this machine" if address is None else f"at {address}"
                 raise ConfigError(
                     f"execution.address: Ray {where} cannot be had ({error}). Expected none, which starts Ray here, "
-                    "auto, HOST:6379 or ray://HOST:10001 of a cluster that runs (docs/clusters.md)"
+                    "auto, HOST:6379 or ray://HOST:10001 of a cluster that runs. A cluster with a token needs "
+                    "RAY_AUTH_MODE=token here, too (docs/clusters.md)"
                 ) from error
         self._owns_ray = True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,9 @@ def remeasure(
     except TributeError as error:
         found.unchecked.append(f"measurements: the study cannot be set up on this machine ({error})")
         return
-    _compare_ingredients(found, config, record, session)
+    if not _compare_ingredients(found, config, record, session, chosen[0].provenance):
+        session.team.dismiss()
+        return
     try:
         for item in chosen:
             _measure_again(found, item, session)
@@ -90,8 +93,18 @@ def open_session(run_dir: Path, config: StudyConfig) -> StudySession:
     return session
 
 
-def _compare_ingredients(found: Verification, config: StudyConfig, record: StudyRecord, session: StudySession) -> None:
-    """Data, settings, extractors and codec of this process against those recorded, and the plan that they give."""
+def _compare_ingredients(
+    found: Verification,
+    config: StudyConfig,
+    record: StudyRecord,
+    session: StudySession,
+    measured_on: Mapping[str, Any],
+) -> bool:
+    """Data, settings, extractors and codec of this process against those recorded, and the plan that they give.
+
+    Returns:
+        Whether measuring again would tell anything.
+    """
     worker = session.worker
     differences = []
     if worker.data.fingerprint != record.fingerprint:
@@ -100,11 +113,20 @@ def _compare_ingredients(found: Verification, config: StudyConfig, record: Study
         values = found.manifest.values
         now = settings_of_results(config, session.preset.model_dump(mode="json"))
         differences += _compare("settings", {"study": values["result"]["settings"]}, {"study": fingerprint(now)})
-        recorded = {name: item["fingerprint"] for name, item in values["extractors"].items()}
-        differences += _compare("extractor", recorded, worker.measurement.fingerprints())
         codec = {} if values["codec"] is None else {"of the data": values["codec"]["fingerprint"]}
         here = {} if worker.latent_space is None else {"of the data": worker.latent_space.fingerprint}
         differences += _compare("codec", codec, here)
+        recorded = {name: item["fingerprint"] for name, item in values["extractors"].items()}
+        others = _compare("extractor", recorded, worker.measurement.fingerprints())
+        was_trained = any("seed" in item for item in values["extractors"].values())
+        if others and was_trained and (machine := _other_machine(measured_on, session)):
+            found.differences += differences
+            found.unchecked.append(
+                f"measurements: {'; '.join(others)}: it was trained anew, with another {machine}, which may change "
+                "digits. Verify with the cache of the run (TRIBUTE_CACHE), where the trained classifier is"
+            )
+            return False
+        differences += others
     planned = {spec.identity for spec in plan_evaluations(config, record.n_contributors, session.settings)}
     recorded_plan = [identity for identities in record.evaluations.values() for identity in identities]
     n_other = sum(identity not in planned for identity in recorded_plan)
@@ -117,6 +139,13 @@ def _compare_ingredients(found: Verification, config: StudyConfig, record: Study
         differences,
         f"data, extractors, settings and models, loaded anew, give the {len(recorded_plan)} recorded evaluations",
     )
+    return True
+
+
+def _other_machine(measured_on: Mapping[str, Any], session: StudySession) -> str:
+    """In what this process differs from the one that measured, of what may change digits; empty where in nothing."""
+    here = session.worker.provenance()
+    return ", ".join(what for what in _WHAT_ROUNDS if measured_on.get(what) != here.get(what))
 
 
 def _compare(what: str, recorded: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
@@ -144,11 +173,9 @@ def _measure_again(found: Verification, item: StoredEvaluation, session: StudySe
         ),
     )
     values = f"{name} stored {item.behaviors.get(name)}, now {now.get(name)}"
-    here = session.worker.provenance()
-    other = [what for what in _WHAT_ROUNDS if item.provenance.get(what) != here.get(what)]
-    if other:
+    if machine := _other_machine(item.provenance, session):
         found.unchecked.append(
-            f"{title}: it was measured with another {', '.join(other)}, which may change digits: {values}. Compare on "
+            f"{title}: it was measured with another {machine}, which may change digits: {values}. Compare on "
             "the machine and with the versions of the run"
         )
     else:

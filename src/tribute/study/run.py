@@ -52,7 +52,6 @@ def run_study(config: StudyConfig, listener: Listener, *, wait: bool = False) ->
         ConfigError: This machine cannot do what the settings ask for.
         StoreError: Another process writes into the run folder.
     """
-    check_execution(config.execution)
     with RunLock(config.run_dir, wait=wait, on_wait=listener.message) as lock:
         try:
             prepared = prepare_study(config, listener, lock)
@@ -201,6 +200,7 @@ def prepare_study(config: StudyConfig, listener: Listener, lock: RunLock | None 
         StoppedEarly: `max_device_hours` does not suffice for the models; the message says how to go on.
         StoreError: Another process has the lock.
     """
+    check_execution(config.execution)
     if lock is not None and config.run_dir.exists() and os.environ.get("RANK", "0") == "0":
         lock.acquire()  # a second run is told at once, not after it has read the data
     loaded = None if config.full_model.load is None else load_model(config.full_model.load)

@@ -515,6 +515,8 @@ def check_fit(found: Verification, result: StudyResult) -> None:
     ):
         differences, largest = _compare_fits(what, recorded, now, tolerance, names)
         n_fits = sum(len(kernels) for kernels in recorded.values())
+        if not n_fits and not differences:
+            continue
         how = "identical to the last bit" if largest == 0 else f"within {largest:.1e} (relative; {tolerance:g} allowed)"
         found.conclude(_some(differences), f"{what}: {n_fits} fits, made again from the store, are {how}{versions}")
 
