@@ -83,8 +83,8 @@ def test_generated_images_are_within_the_page(tmp_path: Path, plain: Written) ->
     images = section.all("img")
     assert [figure.text.split(".")[0] for figure in section.all("figcaption")] == [
         "By the full model",
-        "Without the top contributors to Inception Score",
         "By the sparse model, with everybody",
+        "Without the top contributors to Inception Score",
     ]
     assert all(image.attributes["src"].startswith("data:image/png;base64,iVBOR") for image in images)
     assert all("16 generated images" in image.attributes["alt"] for image in images)
