@@ -135,6 +135,20 @@ def test_a_pilot_keeps_to_the_budget(make_study: MakeStudy) -> None:
         run_pilot(make_study(**STUDY, max_device_hours=1e-5), SilentListener())
 
 
+def test_a_pilot_leaves_a_study_that_stopped_early_as_it_is(make_study: MakeStudy) -> None:
+    """Its record names the evaluations that counted, not all of its plan. A pilot that comes first makes one."""
+    fit = {"n_coalitions": 44, "n_end_points": 1, "until_interval": 1e6}
+    config = make_study(fit=fit, test={"n_coalitions": 0}, pilot={"n_coalitions": 3})
+    run_study(config, SilentListener())
+    stopped = StudyRecord.read(config)
+    assert len(stopped.evaluations["fit"]) == 34
+    run_pilot(config, SilentListener())
+    assert StudyRecord.read(config) == stopped
+    new = make_study(name="new", fit=fit, test={"n_coalitions": 0}, pilot={"n_coalitions": 3})
+    run_pilot(new, SilentListener())
+    assert len(StudyRecord.read(new).evaluations["fit"]) == 44
+
+
 def test_a_pilot_without_tests_draws_its_own_coalitions(make_study: MakeStudy) -> None:
     config = make_study(**STUDY | {"test": {"n_coalitions": 0, "opt_seeds": []}})
     specs = plan_pilot(config, list(plan_evaluations(config, 10, SETTINGS)), 10, SETTINGS)

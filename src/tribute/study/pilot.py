@@ -74,7 +74,7 @@ def run_pilot(config: StudyConfig, listener: Listener, *, wait: bool = False) ->
     """
     check_execution(config.execution)
     with RunLock(config.run_dir, wait=wait, on_wait=listener.message) as lock:
-        prepared = prepare_study(config, listener, lock)
+        prepared = prepare_study(config, listener, lock, writes_record=False)
         if prepared is None:
             return None
         try:

@@ -27,6 +27,7 @@ from tribute.study.manifest import read_and_attest
 from tribute.study.models import load_pruned_summary, train_and_prune
 from tribute.study.pictures import make_pictures
 from tribute.study.pilot_record import pilot_warning
+from tribute.study.record import FILE_NAME as RECORD_NAME
 from tribute.study.record import StudyRecord, by_role
 from tribute.study.results import StudyResult, read_fit_evaluations
 from tribute.study.run_folder import RunLock, claim_run_dir
@@ -65,12 +66,14 @@ def run_study(config: StudyConfig, listener: Listener, *, wait: bool = False) ->
         with Store.open(config.db_url) as store:
             if store.serves_many_hosts:
                 lock.release()  # claims keep several processes apart; each helps the others
-            stopped = _measure(config, prepared, store, listener)
-            return _fit(config, prepared, store, listener, stopped)
+            record, stopped = _measure(config, prepared, store, listener)
+            return _fit(config, prepared, record, store, listener, stopped)
 
 
-def _measure(config: StudyConfig, prepared: PreparedStudy, store: Store, listener: Listener) -> StoppedEarly | None:
-    """Measure the coalitions; returns why it ended before all were measured, where it did."""
+def _measure(
+    config: StudyConfig, prepared: PreparedStudy, store: Store, listener: Listener
+) -> tuple[StudyRecord, StoppedEarly | None]:
+    """Measure the coalitions; returns the record of those that count, and why it ended before all were measured."""
     record, specs, budget = prepared.record, prepared.specs, prepared.budget
     study_id = open_study(store, config, record)
     listener.stage("Coalitions")
@@ -111,17 +114,23 @@ def _measure(config: StudyConfig, prepared: PreparedStudy, store: Store, listene
     try:
         if config.fit.until_interval is not None:
             specs = measure_until_narrow(config.fit.until_interval, specs, record.behaviors, measure, credit, listener)
-            replace(record, evaluations=by_role(specs)).write(config.run_dir)
+            record = replace(record, evaluations=by_role(specs))
+            record.write(config.run_dir)
         measure(specs)
     except StoppedEarly as error:
         stopped = error
     finally:
         executor.close()
-    return stopped
+    return record, stopped
 
 
 def _fit(
-    config: StudyConfig, prepared: PreparedStudy, store: Store, listener: Listener, stopped: StoppedEarly | None
+    config: StudyConfig,
+    prepared: PreparedStudy,
+    record: StudyRecord,
+    store: Store,
+    listener: Listener,
+    stopped: StoppedEarly | None,
 ) -> StudyResult | None:
     """Attributions and LDS of what was measured, with the manifest; then pictures, and the helpers are dismissed."""
     listener.stage("Attributions and LDS")
@@ -129,7 +138,7 @@ def _fit(
         listener.message(str(stopped))
     ingredients = gather_ingredients(config, prepared.session, prepared.full, prepared.sparse)
     try:
-        result = read_and_attest(config, StudyRecord.read(config), store, ingredients)
+        result = read_and_attest(config, record, store, ingredients)
     except FitError as error:
         prepared.session.team.dismiss()
         if stopped is None:
@@ -171,7 +180,7 @@ class PreparedStudy:
         full: Trained on everybody.
         sparse: Pruned and fine-tuned on everybody.
         specs: All evaluations that the study asks for, in the order of their worth.
-        record: What is known before the first of them, as written into the run folder.
+        record: What is known before the first of them.
         budget: Of `max_device_hours`; None without one.
     """
 
@@ -183,13 +192,17 @@ class PreparedStudy:
     budget: Budget | None = None
 
 
-def prepare_study(config: StudyConfig, listener: Listener, lock: RunLock | None = None) -> PreparedStudy | None:
+def prepare_study(
+    config: StudyConfig, listener: Listener, lock: RunLock | None = None, *, writes_record: bool = True
+) -> PreparedStudy | None:
     """Everything before the first coalition: data, full model, sparse model, plan; what is there is not made again.
 
     Args:
         config: The study.
         listener: Is told how far it is.
         lock: Taken before anything is written into the run folder.
+        writes_record: Replace the record in the run folder. False keeps the one that is there, as of a study that
+            `fit.until_interval` ended before all of its plan was measured.
 
     Returns:
         None on the processes of `accelerate launch` that only help the main one, once it dismisses them.
@@ -253,7 +266,8 @@ def prepare_study(config: StudyConfig, listener: Listener, lock: RunLock | None 
         classifier_accuracy=worker.classifier_accuracy,
         provenance=worker.provenance(),
     )
-    record.write(config.run_dir)
+    if writes_record or not (config.run_dir / RECORD_NAME).exists():
+        record.write(config.run_dir)
     if budget is not None:
         budget.refresh()
         budget.estimate = estimate_from_training(record.models, study_trainings(config, preset), session.sampling)
