@@ -57,16 +57,14 @@ def write_whole_dir(path: Path, write: Callable[[Path], None]) -> None:
             if file.is_file():
                 _flush_to_disk(file)
         if path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
             path.replace(replaced)
-        try:
-            partial.replace(path)
-        except OSError:
-            if replaced.exists():
-                replaced.replace(path)
-            raise
+        partial.replace(path)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
+        if replaced.exists() and not path.exists():  # it failed, or was interrupted, between the two renames
+            replaced.replace(path)
+        for rest in (partial, replaced):
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def unfinished_path(path: Path, kind: str = "partial") -> Path:

@@ -114,3 +114,26 @@ def test_what_a_killed_process_left_does_not_disturb(tmp_path: Path) -> None:
     fill(leftover, "half")
     write_whole_dir(tmp_path / "model", lambda folder: fill(folder, "a"))
     assert contents(tmp_path) == {"model/a": b"a"}
+
+
+@pytest.mark.parametrize("when", ["old is moved aside", "new is in place"])
+def test_a_folder_that_is_interrupted_between_its_two_renames_is_the_old_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    place = tmp_path / "a"
+    write_whole_dir(place, lambda folder: write_whole(folder / "file", "old"))
+    rename = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        is_new = self.name.endswith(".partial") and self.is_dir()
+        if is_new and when == "new is in place":
+            rename(self, target)
+        if is_new:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_whole_dir(place, lambda folder: write_whole(folder / "file", "new"))
+    assert contents(tmp_path) == {"a/file": b"new" if when == "new is in place" else b"old"}
