@@ -106,3 +106,36 @@ def test_a_call_of_c_code_that_does_not_return_is_abandoned() -> None:
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "run the same command again" in error
+
+
+FORKED = """
+import os
+import signal
+import threading
+from tribute.cli.signals import stop_on_signals
+
+reads, writes = os.pipe()
+with stop_on_signals(grace_seconds=0.01):
+    child = os.fork()
+    if child == 0:
+        os.write(writes, b"!")
+        threading.Event().wait()
+    os.read(reads, 1)
+    os.kill(child, signal.SIGTERM)
+    _, status = os.waitpid(child, 0)
+    print(os.WIFSIGNALED(status) and os.WTERMSIG(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_signal_to_a_forked_child_ends_the_child_alone() -> None:
+    """As `multiprocessing` sends it to the workers of a behavior; child and parent share the socket of the guard."""
+    found = subprocess.run(
+        [sys.executable, "-c", FORKED],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=60,
+        check=False,
+    )
+    assert (found.returncode, found.stdout.strip()) == (0, str(int(signal.SIGTERM))), found.stderr

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from tribute import pulse
 
@@ -52,6 +53,7 @@ def stop_on_signals(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
     guard = threading.Thread(target=_end_late, args=(woken, over, grace_seconds), name="signals", daemon=True)
     pulse.clear_stop()
     before = {number: signal.signal(number, stop) for number in SIGNALS}
+    _replaced.update(before)
     previous_wakeup = signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
     guard.start()
     try:
@@ -60,6 +62,7 @@ def stop_on_signals(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
         signal.set_wakeup_fd(previous_wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
+        _replaced.clear()
         over.set()
         wakes.close()
         guard.join()
@@ -75,3 +78,18 @@ def _end_late(woken: socket.socket, over: threading.Event, grace_seconds: float)
                 return
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{MESSAGE}\n".encode())
             os._exit(EXIT_CODE)
+
+
+_replaced: dict[int, Any] = {}
+"""The handlers of before, while this module has its own."""
+
+
+def _let_go_in_child() -> None:
+    """Give a forked child the handlers of before: a signal that ends it would wake the thread that ends its parent."""
+    if _replaced:
+        signal.set_wakeup_fd(-1)
+        for number, handler in _replaced.items():
+            signal.signal(number, handler)
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
