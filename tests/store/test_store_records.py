@@ -332,6 +332,22 @@ def test_failing_and_trying_again(store: Store, study_id: int) -> None:
     assert store.retry() == 0
 
 
+def test_an_attempt_that_is_not_the_last_is_never_seen_as_failed(store: Store, study_id: int) -> None:
+    """In one transaction it fails and can be claimed again: whoever looks between would give the study up."""
+    store.add(study_id, [spec(0)])
+    for attempt in (1, 2):
+        claim = claimed(store)
+        assert claim.attempts == attempt
+        store.fail(claim, "no luck", max_attempts=3)
+        (found,) = store.find()
+        assert (found.status, found.attempts, found.error, found.owner) == ("pending", attempt, "no luck", None)
+        assert store.check() == []
+    with pytest.raises(StoreError, match="is pending"):
+        store.fail(claim, "late", max_attempts=3)
+    store.fail(claimed(store), "no luck", max_attempts=3)
+    assert [(s.status, s.attempts) for s in store.find()] == [("failed", 3)]
+
+
 def test_a_failed_evaluation_is_not_finished_by_the_claim_that_failed(store: Store, study_id: int) -> None:
     store.add(study_id, [spec(0)])
     claim = claimed(store)

@@ -744,8 +744,14 @@ class Store:
 
         self._write(record)
 
-    def fail(self, claimed: ClaimedEvaluation, error: str) -> None:
-        """Set a claimed evaluation aside with the reason; `retry` brings it back.
+    def fail(self, claimed: ClaimedEvaluation, error: str, *, max_attempts: int = 1) -> None:
+        """Count a failed attempt at a claimed evaluation.
+
+        Args:
+            claimed: What `claim` returned.
+            error: The reason.
+            max_attempts: After fewer attempts it can be claimed again, at once; else it is set aside with the reason,
+                and `retry` brings it back.
 
         Raises:
             StoreError: Another process has the evaluation now.
@@ -753,11 +759,16 @@ class Store:
         # Databases refuse half characters, as names of files may have them, and PostgreSQL refuses NUL.
         text = error.encode(errors="backslashreplace").decode().replace("\0", "\\0")
 
+        is_last = claimed.attempts >= max_attempts
+
         def set_aside(connection: Connection, number: int) -> None:
-            if _update_claimed(connection, claimed, status="failed", error=text, finished=time.time()):
+            values = {"status": "failed", "finished": time.time()} if is_last else _UNCLAIMED
+            if _update_claimed(connection, claimed, error=text, **values):
                 return
             row = _locked(connection, claimed.evaluation_id)
-            if not (number and row is not None and row.status == "failed" and row.owner_token == claimed.token):
+            # An attempt before this one may have happened, and only its answer was lost.
+            done = ("failed", claimed.token) if is_last else ("pending", None)
+            if not (number and row is not None and (row.status, row.owner_token) == done):
                 raise _lost(claimed, row)
 
         self.in_transaction(set_aside, writes=True)

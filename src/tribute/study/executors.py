@@ -7,6 +7,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -160,12 +161,10 @@ class Ledger:
         """
         logger.warning("Evaluation %s failed: %s", claimed.spec, reason)
         try:
-            self.store.fail(claimed, reason)
+            self.store.fail(claimed, reason, max_attempts=self.max_attempts)
         except StoreError:
             if self._still_has(claimed):
                 raise
-            return
-        self.store.retry(self.study_id, max_attempts=self.max_attempts, evaluation_ids=[claimed.evaluation_id])
 
     def release(self, claimed: ClaimedEvaluation) -> None:
         """Give an evaluation back, uncounted."""
@@ -233,7 +232,7 @@ class Heartbeat:
             return False
         if extended:
             self._said = False
-        else:
+        elif not self._over.is_set():  # else it was recorded meanwhile
             self._say("another process has it now")
         return extended
 
@@ -300,7 +299,8 @@ class SerialExecutor:
                 ledger.fail(claimed, str(error))
                 continue
             except BaseException:
-                ledger.release(claimed)
+                with suppress(StoreError):  # what happened first is said; the claim ends with this process
+                    ledger.release(claimed)
                 raise
             if recorded:
                 n_done += 1
