@@ -27,11 +27,20 @@ from workshop import (
 from tribute.config import ExecutionConfig, StudyConfig
 from tribute.errors import MixedResultsError
 from tribute.store.records import Store
+from tribute.study.costs import add_up
+from tribute.study.executors import Ledger
 from tribute.study.run import run_study
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'tribute[cluster]')")
 
-from tribute.study.ray_executor import RayExecutor, check_same, provide_modules, user_modules  # noqa: E402
+from tribute.study.ray_executor import (  # noqa: E402
+    Measured,
+    RayExecutor,
+    _Worker,
+    check_same,
+    provide_modules,
+    user_modules,
+)
 
 MakeStudy = Callable[..., StudyConfig]
 TWO = ExecutionConfig(executor="ray", workers=2)
@@ -116,6 +125,58 @@ def test_a_worker_that_dies_or_hangs_costs_one_attempt(
     assert attempts(store) == {seed: 2 if seed == 4 else 1 for seed in range(6)}
     assert store.counts()["finished"] == 6
     assert any(reason in text and "another one takes its place" in text for text in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    "error", [ray.exceptions.OutOfMemoryError("close to full"), ray.exceptions.ActorUnavailableError("no answer", None)]
+)
+def test_a_worker_that_ray_ended_for_memory_or_cannot_reach_is_one_that_died(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Neither is the end of Ray; one that is only out of reach would go on to hold its share of a GPU."""
+    study_id = open_study(store)
+    store.add(study_id, make_specs(1))
+    ledger = Ledger(store, study_id, None, definitions={})
+    executor = RayExecutor(Scripted(tmp_path), definitions={}, execution=TWO)
+    worker = _Worker(1, "actor", None, 0.0, task=("result", ledger.claim() or pytest.fail("nothing to claim")))
+    other = _Worker(1, "another actor", "set-up", 0.0)
+    executor._workers = [worker]
+    killed: list[Any] = []
+
+    def get(_ref: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "kill", killed.append)
+    monkeypatch.setattr(executor, "_check_ray_lives", lambda _: None)
+    monkeypatch.setattr(executor, "_new_worker", lambda _: other)
+    result: Any = "result"
+    assert executor._receive(result, ledger, lambda *_: None) == 0
+    assert killed == ["actor"] and executor._workers == [other]
+    assert [(item.status, item.attempts) for item in store.find()] == [("pending", 1)]
+
+
+def test_a_result_says_which_share_of_a_gpu_it_took(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else four workers of one GPU would be counted, and budgeted, as four GPUs."""
+    study_id = open_study(store)
+    store.add(study_id, make_specs(1))
+    ledger = Ledger(store, study_id, None, definitions={})
+    executor = RayExecutor(Scripted(tmp_path), definitions={}, execution=TWO)
+    executor._options = {"num_gpus": 0.25}
+    worker = _Worker(1, "actor", "set-up", 0.0)
+    executor._workers = [worker]
+    answers: dict[Any, Any] = {"set-up": {"pid": 1, "host": "here"}, "result": Measured({"size": 1.0}, {"train": 8.0})}
+    monkeypatch.setattr(ray, "get", answers.__getitem__)
+    ref: Any = "set-up"
+    executor._receive(ref, ledger, lambda *_: None)
+    ref = "result"
+    worker.task = (ref, ledger.claim() or pytest.fail("nothing to claim"))
+    assert executor._receive(ref, ledger, lambda *_: None) == 1
+    (effort,) = store.efforts(study_id)
+    assert effort.n_devices == 0.25
+    assert add_up({}, [effort]).device_seconds == 2.0
 
 
 def test_three_failures_set_a_coalition_aside_and_the_rest_goes_on(

@@ -28,7 +28,7 @@ import numpy as np
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from tribute import pulse
 from tribute.config import ExecutionConfig, Preset, StudyConfig
@@ -299,12 +299,13 @@ class RayExecutor:
             found: Any = ray.get(ref)
         except RayTaskError as error:  # what user code, or a bug, raised there
             raise _cause(error) from error
-        except RayActorError as error:
+        except (RayActorError, OutOfMemoryError) as error:  # the latter where Ray ended it to save the machine's memory
             self._check_ray_lives(error)
             self._bury(worker, ledger, error)
             return 0
         if ref == worker.ready:
-            worker.ready, worker.provenance = None, found
+            share = self._options["num_gpus"]
+            worker.ready, worker.provenance = None, {**found, **({"gpus_per_worker": share} if share else {})}
             self._n_deaths_in_set_up = 0
         elif ref == worker.answer:
             worker.answer = None
@@ -312,29 +313,21 @@ class RayExecutor:
             if worker.task is not None and is_busy and seconds > self.execution.stall_seconds:
                 self._replace_hanging(worker, ledger, seconds)
         elif worker.task is not None:
-            claimed, worker.task = worker.task[1], None
-            return self._record(worker, claimed, found, ledger, on_done)
+            claimed = worker.task[1]
+            is_recorded = self._record(worker, claimed, found, ledger)
+            worker.task = None  # only now: what interrupts the recording gives the evaluation back
+            if is_recorded:
+                on_done(claimed, _without_images(found))
+                return 1
         return 0
 
-    def _record(
-        self,
-        worker: _Worker,
-        claimed: ClaimedEvaluation,
-        measured: Measured,
-        ledger: Ledger,
-        on_done: Callable[[ClaimedEvaluation, Evaluation], None],
-    ) -> int:
+    def _record(self, worker: _Worker, claimed: ClaimedEvaluation, measured: Measured, ledger: Ledger) -> bool:
         for text in measured.messages:
             logger.warning("%s: %s", worker, text)
         if measured.failure is not None:
             ledger.fail(claimed, measured.failure)
-            return 0
-        no_images = np.zeros((0, 0, 0, 0), dtype=np.uint8)
-        evaluation = Evaluation(measured.behaviors, measured.seconds, measured.n_steps, no_images)
-        if not ledger.finish(claimed, evaluation, worker.provenance):
-            return 0
-        on_done(claimed, evaluation)
-        return 1
+            return False
+        return ledger.finish(claimed, _without_images(measured), worker.provenance)
 
     def _look_after(self, ledger: Ledger, now: float) -> None:
         """Ask busy workers how they are; replace those that do not answer; say when there is no room for one."""
@@ -364,9 +357,8 @@ class RayExecutor:
 
     # Workers that end
 
-    def _bury(self, worker: _Worker, ledger: Ledger, error: RayActorError) -> None:
+    def _bury(self, worker: _Worker, ledger: Ledger, error: RayError) -> None:
         """Replace a worker that died; what it had in hand counts as an attempt."""
-        claimed = None if worker.task is None else worker.task[1]
         if worker.ready is not None:
             self._n_deaths_in_set_up += 1
             if self._n_deaths_in_set_up >= MAX_DEATHS_IN_SET_UP:
@@ -376,21 +368,20 @@ class RayExecutor:
                     "then run again"
                 ) from error
         logger.warning("%s died; another one takes its place", worker)
-        self._replace(worker)
-        if claimed is not None:
-            ledger.fail(claimed, f"the worker died ({worker}), as one does that is killed for its memory")
+        self._replace(worker, ledger, f"the worker died ({worker}), as one does that is killed for its memory")
 
     def _replace_hanging(self, worker: _Worker, ledger: Ledger, seconds: float) -> None:
         """End a worker that makes no step; what it had in hand counts as an attempt."""
-        claimed = None if worker.task is None else worker.task[1]
         logger.warning("%s hangs: no step for %.0f s; another one takes its place", worker, seconds)
-        self._kill(worker)
-        self._replace(worker)
-        if claimed is not None:
-            limit = self.execution.stall_seconds
-            ledger.fail(claimed, f"the worker hung ({worker}): no step for {seconds:.0f} s, allowed are {limit:.0f}")
+        limit = self.execution.stall_seconds
+        reason = f"the worker hung ({worker}): no step for {seconds:.0f} s, allowed are {limit:.0f}"
+        self._replace(worker, ledger, reason)
 
-    def _replace(self, worker: _Worker) -> None:
+    def _replace(self, worker: _Worker, ledger: Ledger, reason: str) -> None:
+        """Another worker in its place; what it had in hand fails for a reason."""
+        self._kill(worker)  # also one that Ray could not reach: it may live, and hold its share of the machine
+        if worker.task is not None:
+            ledger.fail(worker.task[1], reason)
         self._workers[self._workers.index(worker)] = self._new_worker(worker.number)
 
     def _kill(self, worker: _Worker) -> None:
@@ -400,11 +391,12 @@ class RayExecutor:
     def _abandon(self, ledger: Ledger) -> None:
         """Give back what is in hand, and end those who have it."""
         busy = [worker for worker in self._workers if worker.task is not None]
-        for worker in busy:
-            if worker.task is not None:
-                with suppress(StoreError):  # it is gone; the claims of this process can be had once it has ended
+        with suppress(StoreError):  # it is gone; the claims of this process can be had once it has ended
+            for worker in busy:
+                if worker.task is not None:
                     ledger.release(worker.task[1])
-                worker.task = None
+        for worker in busy:
+            worker.task = None
         if ray.is_initialized():
             for worker in busy:
                 self._kill(worker)
@@ -472,6 +464,12 @@ class RayExecutor:
         actor = make_remote(concurrency_groups={"watch": 1})(StudyWorker).options(**self._options).remote()
         actor.prepare.remote(str(Path.cwd()), [str(Path(path).absolute()) for path in sys.path if path])
         return _Worker(number, actor, actor.set_up.remote(self._assignment_ref), time.monotonic())
+
+
+def _without_images(measured: Measured) -> Evaluation:
+    """What came back, as an evaluation."""
+    no_images = np.zeros((0, 0, 0, 0), dtype=np.uint8)
+    return Evaluation(measured.behaviors, measured.seconds, measured.n_steps, no_images)
 
 
 # A study for workers
