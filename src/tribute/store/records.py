@@ -472,13 +472,22 @@ class Store:
         self._is_file = database.database_file(engine.url) is not None
 
     @classmethod
-    def open(cls, location: str | Path, *, create: bool = True, patience: Patience | None = None) -> Store:
+    def open(
+        cls,
+        location: str | Path,
+        *,
+        create: bool = True,
+        patience: Patience | None = None,
+        read_only: bool = False,
+    ) -> Store:
         """Open the store at `location`; one of an older schema is migrated.
 
         Args:
             location: Path of a SQLite file (its folders are made), or an SQLAlchemy URL.
             create: Make what is missing. False also opens a file that may only be read.
             patience: With a database that is locked or does not answer; 90 s by default.
+            read_only: Migrate nothing, and let a server refuse whatever writes. For a SQLite file see
+                `study.status.open_to_read`.
 
         Raises:
             StoreError: `location` is a directory, not writable, on a network file system, not a database, of
@@ -486,7 +495,8 @@ class Store:
                 `create=False`.
         """
         patience = patience or Patience()
-        return cls(database.open_database(location, create=create, patience=patience), patience=patience)
+        engine = database.open_database(location, create=create, patience=patience, read_only=read_only)
+        return cls(engine, patience=patience)
 
     def __enter__(self) -> Store:
         return self

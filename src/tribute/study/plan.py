@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tribute.config import StudyConfig, TrainConfig
-from tribute.store.records import EvaluationSpec, Store
+from tribute.store.records import EvaluationSpec
 from tribute.study.costs import MODEL_STAGES, STAGE_OF_ROLE, read_model_costs
 from tribute.study.record import FILE_NAME, StudyRecord
+from tribute.study.status import open_to_read, store_exists
 
 PREPARATION_STAGES = ("classifier", "references", "latents", "full_model", "pruning", "sparse_model")
 """One after the other, by one process: more workers do not shorten them."""
@@ -225,7 +226,9 @@ def read_done(config: StudyConfig) -> Done:
         return Done(n_steps)
     record = StudyRecord.read(config)
     n_finished: dict[str, int] = {}
-    with Store.open(config.db_url, create=False) as store:
+    if not store_exists(config):  # interrupted before the first coalition
+        return Done(n_steps)
+    with open_to_read(config) as store:
         if store.studies(name=record.name, dataset=record.dataset):
             for role in record.evaluations:
                 ids = record.evaluation_ids(store, roles=[role])
