@@ -49,6 +49,7 @@ _STAGES = {
     "loo": "Leave-one-out coalitions",
     "test": "Test coalitions, retrained",
     "pilot": "Pilot",
+    "pictures": "Models for pictures",
     "other": "Other measurements",
 }
 
