@@ -48,7 +48,7 @@ def test_a_run_that_was_moved_and_renamed_agrees_in_everything(run_dir: Path) ->
     text = "\n".join(found.agreed)
     for what in (
         "both hashes follow",
-        "17 files have the recorded SHA-256",
+        "18 files have the recorded SHA-256",
         "full, pruned, sparse have their hashes",
         "config.yaml and its preset are those of the run",
         "owners of digits have the recorded fingerprint",

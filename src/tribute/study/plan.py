@@ -140,14 +140,12 @@ class StudyPlan:
     def wall_seconds(self, n_workers: int, *, left: bool = False) -> float:
         """Time until everything is there.
 
-        The stages before and after the coalitions are one process's. Coalitions are not divided: each worker takes the next one
-        when it has finished one. One worker is the process itself; several are set up beside it.
+        The stages before and after the coalitions are one process's. Coalitions are not divided: each worker takes the
+        next one when it has finished one. One worker is the process itself; several are set up beside it.
         """
         units = [seconds for stage in self.stages for seconds in (stage.units_left if left else stage.units)]
         workers_setup = self.units.seconds_setup if n_workers > 1 and units else 0.0
-        return (
-            self.units.seconds_setup + self.alone_seconds(left=left) + workers_setup + makespan(units, n_workers)
-        )
+        return self.units.seconds_setup + self.alone_seconds(left=left) + workers_setup + makespan(units, n_workers)
 
     def disk_bytes(self) -> int:
         """Run folder and store, when the study is done."""
