@@ -180,9 +180,12 @@ def test_evaluations_that_do_not_belong_together_are_refused() -> None:
     assert len(fit_of(design="paired").masks) == 4
 
 
-def test_sizes_are_as_published_and_pairs_stay_whole() -> None:
+def test_sizes_are_as_published_or_doublings_and_pairs_stay_whole() -> None:
     assert fit_sizes(12, 100, 100) == [10, 12, 20, 30, 40, 50, 60, 70, 80, 90, 100]
-    assert fit_sizes(12, 230, 1000) == [12, 50, 100, 150, 200, 230]
+    assert fit_sizes(12, 230, 1000) == [12, 50, 100, 230]  # 200 would say what 230 says
+    assert fit_sizes(20, 876, 1000) == [20, 50, 100, 200, 400, 876]
+    assert fit_sizes(20, 5000, 1000) == [20, 50, 100, 200, 400, 1000]
+    assert fit_sizes(20, 15, 1000) == [15]
     assert fit_sizes(7, 33, 100, paired=True) == [6, 10, 20, 30, 32]
     assert fit_sizes(7, 33, 15, paired=True) == [6, 10, 14]
     assert fit_sizes(7, 1, 15) == [1]

@@ -394,13 +394,17 @@ def read_tests(arguments: LdsArguments, behavior_name: str, evaluations: FitEval
 
 
 def fit_sizes(n_contributors: int, n_available: int, max_train_size: int, *, paired: bool = False) -> list[int]:
-    """Numbers of fit coalitions to report, as published: n, then tens (fifties above 100), and the last.
+    """Numbers of fit coalitions to report: n, then tens as published, and the last.
 
-    Complement pairs stay whole.
+    Above 100, where the score changes ever more slowly and a fit costs ever more, 50 and its doublings up to three
+    quarters of the last. Complement pairs stay whole.
     """
-    step = 50 if max_train_size > 100 else 10
     most = min(n_available, max_train_size)
-    sizes = {n_contributors, *range(step, most + 1, step), most}
+    if max_train_size > 100:
+        steps = [50 * 2**k for k in range(most.bit_length()) if 4 * 50 * 2**k <= 3 * most]
+    else:
+        steps = list(range(10, most + 1, 10))
+    sizes = {n_contributors, *steps, most}
     return sorted({size - size % 2 if paired else size for size in sizes if 1 + paired <= size <= most}) or [most]
 
 

@@ -350,7 +350,7 @@ def _figures(
     """Pictures as data URIs, and how many are left out for their size."""
     titles = {page.name: page.title for page in pages}
     figures, n_left_out, left = [], 0, MAX_PICTURES_BYTES
-    for picture in sorted(pictures, key=lambda item: ("full", "without_top", "sparse").index(item.kind)):
+    for picture in sorted(pictures, key=lambda item: ("full", "sparse", "without_top").index(item.kind)):
         if picture.behavior is not None and visible(picture.behavior) not in titles:
             continue
         content = _png_bytes(picture.path)
