@@ -63,7 +63,7 @@ def run(argv: Sequence[str], prog: str) -> None:
             store = existing_store(config)
             if store is not None:
                 stack.enter_context(store)
-            waste = find_waste(config, store)
+            waste = find_waste(config, store, of_server="evaluations" in arguments.what)
         waste = only(waste, arguments.what or KINDS)
         for line in waste.kept:
             print_line(f"  kept: {line}")

@@ -80,7 +80,7 @@ def _end_late(woken: socket.socket, over: threading.Event, grace_seconds: float)
             os._exit(EXIT_CODE)
 
 
-_replaced: dict[int, Any] = {}
+_replaced: dict[signal.Signals, Any] = {}
 """The handlers of before, while this module has its own."""
 
 
