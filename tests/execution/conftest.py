@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-
-sys.path.append(str(Path(__file__).parents[1] / "study"))
-
 from tiny_study import TINY_PRESET
 from workshop import BEHAVIOR_MODULE
 

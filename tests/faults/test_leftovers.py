@@ -11,20 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_study import SilentListener
 
 from tribute import files
 from tribute.behaviors.features import read_artifact, write_artifact
 from tribute.config import StudyConfig
 from tribute.errors import CheckpointError
 from tribute.files import remove_leftovers, room_sentence, unfinished_path, write_whole_dir
-
-
-class Quiet:
-    """A listener that hears nothing."""
-
-    def stage(self, title: str) -> None: ...
-    def message(self, text: str) -> None: ...
-    def progress(self, title: str, n_done: int, n_total: int, text: str) -> None: ...
 
 
 @pytest.fixture
@@ -148,7 +141,7 @@ def test_a_damaged_pruned_model_is_kept_aside_and_pruned_again(make_study: Calla
     config = make_study()
 
     def prepared_hash() -> str:
-        prepared = prepare_study(config, Quiet())
+        prepared = prepare_study(config, SilentListener())
         assert prepared is not None
         return prepared.sparse.model_hash
 

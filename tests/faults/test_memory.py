@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_study import SilentListener
 
 from tribute.behaviors.classifier import ClassifierExtractor
 from tribute.behaviors.classifier_networks import Architecture
@@ -32,19 +33,6 @@ CPU_ALLOCATOR = (
     "400000000000 bytes. Error code 12 (Cannot allocate memory)"
 )
 SHORTAGES = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError(CPU_ALLOCATOR)]
-
-
-class Quiet:
-    """A listener that keeps messages."""
-
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def stage(self, title: str) -> None: ...
-    def message(self, text: str) -> None:
-        self.messages.append(text)
-
-    def progress(self, title: str, n_done: int, n_total: int, text: str) -> None: ...
 
 
 def limit(model: torch.nn.Module, n_most: int, shortage: BaseException) -> list[int]:
@@ -264,7 +252,7 @@ def test_a_study_measures_the_same_with_less_memory(
         return [tuple(item.behaviors.values()) for item in found]
 
     plenty = make_study(name="plenty", **changes)
-    run_study(plenty, Quiet())
+    run_study(plenty, SilentListener())
     import tribute.diffusion.sample as sample
 
     predict = sample.guided_prediction
@@ -278,7 +266,7 @@ def test_a_study_measures_the_same_with_less_memory(
 
     monkeypatch.setattr(sample, "guided_prediction", limited)
     little = make_study(name="little", **changes)
-    run_study(little, Quiet())
+    run_study(little, SilentListener())
     assert values(little) == values(plenty)
     assert sizes.count(40) == 1  # of 14 coalitions only the first one tried
     assert len(warnings(caplog)) == 1
@@ -292,4 +280,4 @@ def test_a_full_model_that_does_not_fit_stops_the_study(
 
     monkeypatch.setattr(train_module, "denoising_loss", refuse)
     with pytest.raises(OutOfMemory, match=r"does not fit into memory .*gradient_checkpointing"):
-        run_study(make_study(), Quiet())
+        run_study(make_study(), SilentListener())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from tiny_study import SilentListener
 
 from tribute.cli import main
 from tribute.config import Preset, StudyConfig
@@ -23,14 +24,6 @@ from tribute.study.run import run_study
 MakePreset = Callable[..., Preset]
 
 BEHAVIORS = "import numpy as np\n\n\ndef brightness(images):\n    return float(images.mean())\n"
-
-
-class Silent:
-    """A listener that says nothing."""
-
-    def stage(self, title: str) -> None: ...
-    def message(self, text: str) -> None: ...
-    def progress(self, title: str, n_done: int, n_total: int, text: str) -> None: ...
 
 
 @pytest.fixture
@@ -135,7 +128,7 @@ def test_a_study_of_a_latent_model_uses_its_codec_where_the_study_says(
     tribute("run", "study.yaml --dry_run")
     shown = yaml.safe_load(capsys.readouterr().out)["preset"]
     assert shown["codec"]["path"] == "moved" and shown["dataset"] == "pixels"
-    assert run_study(StudyConfig.from_yaml(Path("study.yaml")), Silent()) is not None
+    assert run_study(StudyConfig.from_yaml(Path("study.yaml")), SilentListener()) is not None
     tribute("prune", "--load results/cifar/retrain/models/full --preset pixels.yaml --codec moved")
 
 
@@ -178,7 +171,7 @@ def test_a_whole_study_runs_on_latents(
         "n_threads": 1,
     }
     config = StudyConfig.parse(values, where="test")
-    result = run_study(config, Silent())
+    result = run_study(config, SilentListener())
     (found,) = result.behaviors
     assert found.fit_masks.shape == (8, 4)
     assert len(np.unique(found.fit_behaviors)) > 1
@@ -194,7 +187,7 @@ def test_a_whole_study_runs_on_latents(
             assert picture.width == shown.columns * (size + 1) * max(1, 64 // size)
     other = StudyConfig.parse({**values, "codec": str(codecs["vq2"])}, where="test")
     with pytest.raises(MixedResultsError, match="codec: saved"):
-        run_study(other, Silent())
+        run_study(other, SilentListener())
 
 
 def test_the_celeba_preset_is_the_published_network() -> None:

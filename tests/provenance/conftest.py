@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,9 +13,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-
-sys.path.append(str(Path(__file__).parents[1] / "study"))
-
 from tiny_study import TINY_PRESET, SilentListener
 
 from tribute.config import StudyConfig

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-
-sys.path.append(str(Path(__file__).parents[1] / "study"))
-
 from tiny_study import TINY_PRESET, SilentListener
 
 from tribute.config import StudyConfig
