@@ -87,13 +87,6 @@ def confirm(question: str, *, yes: bool) -> bool:
     return answer.strip().lower() in ("y", "yes")
 
 
-def duration_text(seconds: float) -> str:
-    """Seconds as text for people."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def size_text(n_bytes: int) -> str:
     """Bytes as text for people, in powers of ten."""
     for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

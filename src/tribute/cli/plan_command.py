@@ -16,6 +16,7 @@ from tribute.cli.console import print_line, print_table
 from tribute.config import StudyConfig
 from tribute.errors import ConfigError, StoreError
 from tribute.files import write_whole
+from tribute.study.listener import duration_text
 
 if TYPE_CHECKING:
     from tribute.study.plan import StagePlan, StudyPlan
@@ -98,9 +99,9 @@ def print_plan(config: StudyConfig, plan: StudyPlan, workers: Sequence[int]) -> 
         [
             [
                 str(n),
-                duration(plan.wall_seconds(n)),
-                duration(plan.wall_seconds(n, left=True)),
-                duration(plan.alone_seconds(left=True)),
+                duration_text(plan.wall_seconds(n)),
+                duration_text(plan.wall_seconds(n, left=True)),
+                duration_text(plan.alone_seconds(left=True)),
             ]
             for n in workers
         ],
@@ -132,13 +133,6 @@ def stage_row(stage: StagePlan) -> list[str]:
 def hours(seconds: float) -> str:
     """Hours with three digits."""
     return f"{seconds / 3600:.3g}" if seconds >= 3.6 or seconds == 0 else "<0.001"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as text for people."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def size(n_bytes: int) -> str:

@@ -11,8 +11,9 @@ import tyro
 from pydantic import Field
 
 from tribute.cli.arguments import Arguments, parse
-from tribute.cli.console import confirm, duration_text, print_line, print_table, size_text
+from tribute.cli.console import confirm, print_line, print_table, size_text
 from tribute.config import StudyConfig
+from tribute.study.listener import duration_text
 from tribute.study.run_folder import RunLock
 from tribute.study.upkeep import Reset, apply_reset, existing_store, plan_reset, size_of
 

@@ -13,9 +13,10 @@ import tyro
 from pydantic import Field
 
 from tribute.cli.arguments import Arguments, parse
-from tribute.cli.console import console, duration_text, print_line, print_table
+from tribute.cli.console import console, print_line, print_table
 from tribute.cli.lds_command import print_attributions
 from tribute.config import StudyConfig
+from tribute.study.listener import duration_text
 from tribute.study.outputs import shares
 from tribute.study.status import STATES, Credit, ModelStatus, StudyStatus, read_status
 

@@ -10,7 +10,7 @@ import numpy as np
 from tribute import pulse
 from tribute.store.records import ClaimedEvaluation, Store
 from tribute.study.executors import Executor, always
-from tribute.study.listener import Listener
+from tribute.study.listener import Listener, duration_text
 from tribute.study.value_function import Evaluation
 
 ROLE_TITLES = {
@@ -74,7 +74,7 @@ def work_through(
         left = sum(count * (rates.get(name) or fallback) for name, count in remaining.items())
         values = ", ".join(f"{name} {evaluation.behaviors[name]:.3f}" for name in behavior_names)
         title = ROLE_TITLES.get(claimed.spec.role or "fit", claimed.spec.role)
-        text = f"{title}: {values}; about {duration(left)} left"
+        text = f"{title}: {values}; about {duration_text(left)} left"
         listener.progress("coalitions", n_total - sum(remaining.values()), n_total, text)
 
     said = False
@@ -92,10 +92,3 @@ def work_through(
         listener.message(
             f"{len(failed)} evaluations failed and are set aside, e.g. {failed[0].error}; run again to try them again"
         )
-
-
-def duration(seconds: float) -> str:
-    """Seconds as text for people."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
