@@ -286,8 +286,8 @@ def find_waste(config: StudyConfig, store: Store | None, *, of_server: bool = Fa
         evaluations = unasked(store, StudyRecord.read(config))
         if evaluations and store.serves_many_hosts and not of_server:
             kept.append(
-                f"{len(evaluations)} evaluations in {store.location} that this run folder does not ask for: run folders "
-                "on other hosts may. Where none does, give --what evaluations"
+                f"{len(evaluations)} evaluations in {store.location} that this run folder does not ask for: run "
+                "folders on other hosts may. Where none does, give --what evaluations"
             )
             evaluations = ()
     is_shared = store is not None and len(store.studies()) > 1
