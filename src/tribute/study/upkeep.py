@@ -35,6 +35,8 @@ OUTPUTS = ("attributions.csv", "attributions.parquet", "summary.json", "attribut
 
 Kind = Literal["checkpoints", "damaged", "leftovers", "evaluations", "backups", "images", "cache"]
 KINDS: tuple[Kind, ...] = ("checkpoints", "damaged", "leftovers", "evaluations", "backups", "images", "cache")
+DISPENSABLE_KINDS: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind != "images")
+"""Those that no result rests on and no report shows."""
 
 SETTLED_SECONDS = 3600.0
 """A leftover must have been left alone for so long: its process may be on another host."""
@@ -244,7 +246,8 @@ def find_waste(config: StudyConfig, store: Store | None) -> Waste:
     - `evaluations`: those in the store that the study, as it was last run, does not ask for; not those of a role
       besides its own, as of a pilot
     - `backups`: copies of the store from before a migration
-    - `images`: folders of generated images
+    - `images`: folders of generated images; the pictures of a finished study, which its report shows, are among
+      them, so whoever deletes without a closer look asks for `DISPENSABLE_KINDS`
     """
     root = config.run_dir
     in_use = paths_in_use()
@@ -502,7 +505,9 @@ def study_of_run_dir(run_dir: Path) -> StudyConfig:
     if not path.is_file():
         raise ConfigError(f"{run_dir} is no run folder of a study: expected a config.yaml in it. Give STUDY.yaml")
     run_dir = run_dir.resolve()
-    config = StudyConfig.from_yaml(path).replace(outdir=run_dir.parent)
+    config = StudyConfig.from_yaml(path)
+    if config.run_dir.resolve() != run_dir:  # where it is the same, its settings stay as they are, to the letter
+        config = config.replace(outdir=run_dir.parent)
     if config.name != run_dir.name:
         raise ConfigError(
             f"{run_dir}: expected a folder named like its study, {config.name!r}, as its store is looked for there. "
