@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -539,6 +540,13 @@ class StudyConfig(Config):
     @property
     def run_dir(self) -> Path:
         return self.outdir / self.name
+
+    def without_password(self) -> dict[str, Any]:
+        """The settings as plain JSON to be shown or kept: the password in the URL of a store is left out."""
+        values = self.model_dump(mode="json")
+        if self.db is not None:
+            values["db"] = re.sub(r"(://[^:/@]*):.*@", r"\1:***@", self.db)
+        return values
 
     @property
     def db_url(self) -> str:

@@ -220,3 +220,18 @@ def test_a_study_changes_only_the_sampling_it_names() -> None:
 def test_settings_cannot_be_changed_in_place() -> None:
     with pytest.raises(ValueError, match="frozen"):
         TrainConfig().n_steps = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("db", "shown"),
+    [
+        ("postgresql+psycopg://ana:s3cr:et@host:5432/db", "postgresql+psycopg://ana:***@host:5432/db"),
+        ("postgresql+psycopg://ana@host:5432/db", "postgresql+psycopg://ana@host:5432/db"),
+        ("postgresql+psycopg://host:5432/db", "postgresql+psycopg://host:5432/db"),
+        ("runs/all.db", "runs/all.db"),
+        (None, None),
+    ],
+)
+def test_settings_that_are_shown_have_no_password(db: str | None, shown: str | None) -> None:
+    config = StudyConfig.parse({"name": "a", "db": db}, where="test")
+    assert config.without_password() == {**config.model_dump(mode="json"), "db": shown}

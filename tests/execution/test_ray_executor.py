@@ -27,6 +27,7 @@ from workshop import (
 from tribute.config import ExecutionConfig, StudyConfig
 from tribute.errors import MixedResultsError
 from tribute.store.records import Store
+from tribute.study.manifest import read_manifest
 from tribute.study.run import run_study
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'tribute[cluster]')")
@@ -202,6 +203,10 @@ def test_serial_and_ray_give_the_same_bits(make_study: MakeStudy, workshop: Path
     with Store.open(config.db_url, create=False) as store:
         processes = {item.provenance["pid"] for item in store.find()}
     assert os.getpid() not in processes
+    serial = make_study(name="serial")
+    run_study(serial, SilentListener())
+    here, there = read_manifest(serial.run_dir), read_manifest(config.run_dir)
+    assert here is not None and there is not None and here.result_hash == there.result_hash
 
 
 def raylets_of(pid: int) -> list[int]:

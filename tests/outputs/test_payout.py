@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tribute.errors import ConfigError, FitError
 from tribute.report.payout import POLICIES, NegativePolicy, Payout, money, pay_out, payout_csv, smallest_unit
+from tribute.study.outputs import shares
 from tribute.types import Attributions
 
 ALL: tuple[NegativePolicy, ...] = ("zero", "pool", "signed")
@@ -35,6 +36,18 @@ def paid(values: Any, errors: Any = 0.0, *, budget: Any = "100", higher: bool = 
 
 def texts(payout: Payout) -> list[str]:
     return [str(amount) for amount in payout.amounts]
+
+
+def test_no_amount_is_minus_nothing() -> None:
+    """The interval of somebody who owes a tenth of a cent."""
+    payout = paid([1.0, -1e-5], 1e-6, negative="signed")
+    assert "-0.00" not in payout_csv([payout], ["a", "b"], [1, 1])
+
+
+@pytest.mark.parametrize("scale", [1e-14, 1.0, 1e9])
+def test_shares_are_unknown_where_credit_cancels_whatever_its_unit(scale: float) -> None:
+    assert np.isnan(shares(credit(scale * np.array([0.1, 0.2, -0.3])))).all()
+    np.testing.assert_allclose(shares(credit(scale * np.array([1.0, 3.0]))), [0.25, 0.75])
 
 
 # By hand

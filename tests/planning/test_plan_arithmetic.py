@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tribute.config import StudyConfig, TrainConfig
+from tribute.store.records import Effort
+from tribute.study.costs import add_up
 from tribute.study.evaluations import plan_evaluations
 from tribute.study.plan import Done, StudyPlan, UnitCosts, makespan, plan_study
 
@@ -33,15 +35,16 @@ TRAININGS = {
 EMPTY, GD, RETRAIN = 11.0, 20 * 0.5 + 11.0, 40 * 3.0 + 21.0
 
 
-def planned(done: Done | None = None, **changes: Any) -> StudyPlan:
+def planned(done: Done | None = None, *, n_pictured_behaviors: int = 0, **changes: Any) -> StudyPlan:
     values: dict[str, Any] = {
         "name": "by_hand",
+        "pictures": {"n_images": 0},
         "fit": {"n_coalitions": 6, "n_end_points": 2, "leave_one_out": True},
         "test": {"n_coalitions": 3, "opt_seeds": [1, 2]},
     }
     config = StudyConfig.parse(values | changes, where="test")
     specs = list(plan_evaluations(config, 5, SETTINGS))
-    return plan_study(config, TRAININGS, 100, specs, UNITS, done)
+    return plan_study(config, TRAININGS, 100, specs, UNITS, done, n_pictured_behaviors=n_pictured_behaviors)
 
 
 def test_every_stage_is_what_a_hand_computes() -> None:
@@ -119,6 +122,24 @@ def test_more_done_than_asked_for_leaves_nothing() -> None:
     plan = planned(Done({"full": 900, "sparse": 900}, dict.fromkeys(("empty", "grand", "fit", "loo", "test"), 99)))
     assert sum(stage.seconds_left for stage in plan.stages) == 100  # the classifier, of which the units speak
     assert plan.wall_seconds(4, left=True) == 30 + 100
+
+
+def test_pictures_are_made_after_the_coalitions_by_one_process() -> None:
+    without, plan = planned(), planned(n_pictured_behaviors=2, pictures={"n_images": 64})
+    stage = plan.stages[-1]
+    assert (stage.name, stage.n_coalitions, stage.n_steps, stage.n_images) == ("pictures", 3, 60, 300)
+    assert plan.device_hours() == pytest.approx(without.device_hours() + 3 * GD / 3600)
+    assert plan.wall_seconds(21) == pytest.approx(without.wall_seconds(21) + 3 * GD)
+    left = planned(Done(n_finished={"picture": 1}), n_pictured_behaviors=2, pictures={"n_images": 64})
+    assert (left.stages[-1].n_left, left.stages[-1].seconds_left) == (2, 2 * GD)
+
+
+def test_what_pictures_took_has_a_name() -> None:
+    effort = Effort(1, "picture", "gd", False, 100, "finished", 1, {"train": 2.0})
+    stages = add_up({}, [effort]).stages
+    assert {name: (stage.n_done, stage.n_planned, stage.seconds) for name, stage in stages.items()} == {
+        "pictures": (1, 1, 2.0)
+    }
 
 
 def test_a_full_model_that_is_loaded_costs_nothing() -> None:

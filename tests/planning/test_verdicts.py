@@ -93,6 +93,23 @@ def test_what_does_not_vary_is_no_go(constant: str) -> None:
     assert found.verdict == ("more_steps" if constant == "sft" else "more_images")
 
 
+def test_what_does_not_vary_is_said_in_words() -> None:
+    nothing = judge(
+        "fid",
+        RISING,
+        [2.0] * 8,
+        higher_is_better=True,
+        full=1.0,
+        sparse=1.0,
+        sft_pair=(1.0, 1.1),
+        retrain_pair=(2.0, 2.0),
+    )
+    (sentence,) = nothing.sentences
+    assert "by retraining" in sentence and "nan" not in sentence, "fine-tuning has little noise, and is not blamed"
+    short = judged([2.0] * 8)
+    assert short.verdict == "more_steps" and "nan" not in short.sentences[0]
+
+
 def test_the_correlation_is_that_of_scipy_and_so_are_the_spreads() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):

@@ -57,6 +57,7 @@ def make_study(workshop: Path) -> Callable[..., StudyConfig]:
             "fit": {"n_coalitions": 12, "n_end_points": 1},
             "test": {"n_coalitions": 3, "opt_seeds": [1, 2]},
             "n_threads": 1,
+            "pictures": {"n_images": 0},
         }
         return StudyConfig.parse(values | changes, where="test")
 

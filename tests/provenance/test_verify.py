@@ -12,12 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 from tiny_study import SilentListener
 
 from tribute.cli import main
-from tribute.config import StudyConfig
+from tribute.config import StudyConfig, fingerprint
 from tribute.errors import ConfigError
 from tribute.models.checkpoint import load_checkpoint, save_checkpoint
 from tribute.store.records import FinishedEvaluation, Store
@@ -46,7 +48,7 @@ def test_a_run_that_was_moved_and_renamed_agrees_in_everything(run_dir: Path) ->
     text = "\n".join(found.agreed)
     for what in (
         "both hashes follow",
-        "17 files have the recorded SHA-256",
+        "18 files have the recorded SHA-256",
         "full, pruned, sparse have their hashes",
         "config.yaml and its preset are those of the run",
         "owners of digits have the recorded fingerprint",
@@ -54,9 +56,11 @@ def test_a_run_that_was_moved_and_renamed_agrees_in_everything(run_dir: Path) ->
         "attributions: 4 fits, made again from the store, are identical to the last bit",
         "LDS: 4 fits, made again from the store, are identical to the last bit",
         "attributions.csv holds what is fitted",
+        "attributions.parquet holds what is fitted",
+        "summary.json: contributors and behaviors are those",
     ):
         assert what in text
-    assert len(found.agreed) == 9
+    assert len(found.agreed) == 11
     assert [line.partition(":")[0] for line in found.unchecked] == [
         "weights of feature extractors and of a codec, and the measurements themselves"
     ]
@@ -91,7 +95,9 @@ def test_an_edited_table_is_named_with_its_row(run_dir: Path) -> None:
     edited_csv(run_dir)
     by_hash, by_value = differences(run_dir)
     assert by_hash.startswith("attributions.csv: changed; recorded SHA-256")
-    assert by_value.startswith(f"attributions.csv: shapley of '2' for {BRIGHTNESS}: the file has 123.5, the store")
+    assert by_value.startswith(
+        f"attributions.csv: shapley of '2' for {BRIGHTNESS}: attribution: the file has 123.5, the store"
+    )
 
 
 def test_an_edited_table_whose_hash_was_renewed_is_still_found(run_dir: Path) -> None:
@@ -99,6 +105,76 @@ def test_an_edited_table_whose_hash_was_renewed_is_still_found(run_dir: Path) ->
     update_outputs(run_dir)
     (found,) = differences(run_dir)
     assert "the file has 123.5" in found
+
+
+def falsify_share(run_dir: Path) -> None:
+    path = run_dir / "attributions.csv"
+    rows = path.read_text().splitlines(keepends=True)
+    cells = rows[3].split(",")
+    cells[9] = "0.75"
+    path.write_text("".join([*rows[:3], ",".join(cells), *rows[4:]]))
+
+
+def add_row(run_dir: Path) -> None:
+    """The true row stays, below a better one."""
+    path = run_dir / "attributions.csv"
+    rows = path.read_text().splitlines(keepends=True)
+    cells = rows[3].split(",")
+    cells[5] = "123.5"
+    path.write_text("".join([*rows[:3], ",".join(cells), *rows[3:]]))
+
+
+def falsify_parquet(run_dir: Path) -> None:
+    path = run_dir / "attributions.parquet"
+    table = parquet.read_table(path)
+    values = table["share"].to_pylist()
+    values[2] = 0.75
+    parquet.write_table(table.set_column(9, "share", pyarrow.array(values)), path)
+
+
+def falsify_summary(run_dir: Path) -> None:
+    path = run_dir / "summary.json"
+    values = json.loads(path.read_text())
+    values["behaviors"][BRIGHTNESS]["lds"]["shapley"]["mean"] = 0.97
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("falsify", "expected"),
+    [
+        (falsify_share, f"attributions.csv: shapley of '2' for {BRIGHTNESS}: share: the file has 0.75, the store"),
+        (add_row, "attributions.csv: other columns or rows than the store gives"),
+        (falsify_parquet, f"attributions.parquet: shapley of '2' for {BRIGHTNESS}: share: the file has 0.75, the"),
+        (falsify_summary, f"summary.json: behaviors: {BRIGHTNESS}: lds: shapley: mean: the file has 0.97, the store"),
+    ],
+)
+def test_every_number_of_the_results_is_compared_with_the_store(
+    run_dir: Path, falsify: Callable[[Path], None], expected: str
+) -> None:
+    falsify(run_dir)
+    update_outputs(run_dir)  # as anybody could who can write the folder
+    (found,) = differences(run_dir)
+    assert found.startswith(expected)
+
+
+@pytest.mark.parametrize("section", ["data", "models", "extractors"])
+def test_a_result_hash_covers_the_sections_that_it_is_made_of(run_dir: Path, edit_json: Edit, section: str) -> None:
+    """Who keeps `result`, of which a hash was published, and changes what it stands for."""
+
+    def falsify(values: dict[str, Any]) -> None:
+        part = values[section]
+        if section == "data":
+            part["fingerprint"] = "0" * 64
+        elif section == "models":
+            part["full"]["model_hash"] = "0" * 64
+        else:
+            part["other"] = {"fingerprint": "0" * 64}
+        rewrite_hash(values)
+
+    edit_json(FILE_NAME, falsify)
+    assert f"manifest.json: the section {section} is not the one that result.{section} was made of" in differences(
+        run_dir
+    )
 
 
 @pytest.mark.parametrize(
@@ -445,7 +521,8 @@ def test_a_value_falsified_before_the_manifest_is_found_by_measuring_again(
     shutil.copytree(run_dir, config.run_dir)
     (config.run_dir / "config.yaml").unlink()
     assert run_study(config, SilentListener()) is not None
-    (config.run_dir / "attributions.csv").unlink()
+    for name in ("attributions.csv", "attributions.parquet", "summary.json"):
+        (config.run_dir / name).unlink()
     update_outputs(config.run_dir)
     assert differences(config.run_dir) == []
     (lie,) = differences(config.run_dir, deep=True, seed=5)
@@ -470,6 +547,8 @@ def test_another_classifier_is_a_difference_only_where_it_would_have_been_the_sa
 ) -> None:
     def with_classifier(values: dict[str, Any]) -> None:
         values["extractors"]["classifier"] = {"fingerprint": "c1a551f1e8", "seed": 0}
+        values["result"]["extractors"]["classifier"] = "c1a551f1e8"
+        values["result_hash"] = fingerprint(values["result"])
         rewrite_hash(values)
 
     edit_json(FILE_NAME, with_classifier)

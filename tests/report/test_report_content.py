@@ -126,6 +126,7 @@ def test_the_neighbours_that_cannot_be_told_apart_are_listed(plain: Written) -> 
     assert f"{n_apart} of 11 pairs of neighbours in the ranking can be told apart" in section.text
     in_runs = sum(int(last) - int(first) for first, last in re.findall(r"Ranks (\d+) to (\d+):", section.text))
     assert in_runs == 11 - n_apart, "every pair that is not told apart is within a run"
+    assert "judged by itself at the 95 % level: among many such statements, about one in twenty" in section.text
     assert "What would separate them:" in section.text and "+-" not in section.text
 
 
@@ -187,6 +188,9 @@ def test_a_payout_that_cannot_be_made_says_why(tmp_path: Path) -> None:
     assert report.document.by_id("payout").all("table") == []
     (answer,) = answers(report)
     assert answer.startswith("Nobody makes the Recall better")
+    # Shares of harm would have put those who harmed most first.
+    assert "all together made the behavior no better" in report.document.by_id("pro-rata").text
+    assert "gain most" not in report.document.by_id("pro-rata").text
     with pytest.raises(ConfigError, match="budget"):
         make_report(study, payout=PayoutRequest("-3"))
     with pytest.raises(ConfigError, match="expected behaviors of the study"):

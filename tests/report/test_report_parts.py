@@ -12,15 +12,65 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tribute.report import charts
-from tribute.report.behavior_page import prefix_sizes
+from tribute.report.behavior_page import prefix_sizes, with_whole_pairs
 from tribute.report.charts import Axis
 from tribute.report.glossary import GLOSSARY, behavior_words
-from tribute.report.names import MAX_EMS_IN_CHART, MAX_SHOWN, NO_NAME, labels, shortened, visible
+from tribute.report.names import MAX_EMS_IN_CHART, MAX_SHOWN, NO_NAME, labels, shortened, visible, without_places
 from tribute.report.numbers import between, decimals_for, duration, fixed, listed, percent, significant
 from tribute.report.render import TEMPLATES
-from tribute.report.sentences import names_in_words, number, say
+from tribute.report.sentences import Measured, answer, names_in_words, number, say
+from tribute.types import Attributions
 
 FEW = settings(max_examples=50, deadline=None, derandomize=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (
+            "[Errno 28] No space left on device: '/home/alice/runs/x/results.db'",
+            "[Errno 28] No space left on device: 'results.db'",
+        ),
+        ("~/data/a.png and C:\\Users\\alice\\b.png", "a.png and b.png"),
+        ("weights=/scratch/bob/inception.pt", "weights=inception.pt"),
+        ("1/2 of them, and/or https://example.org/a/b stay", "1/2 of them, and/or https://example.org/a/b stay"),
+        ("runs/x/y is relative", "runs/x/y is relative"),
+    ],
+)
+def test_a_page_names_no_folder_of_a_machine(text: str, shown: str) -> None:
+    assert without_places(text) == shown
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_an_interval_speaks_of_the_size_beside_it(direction: int) -> None:
+    """Where less is better, lower by 5 is within -0.88 to 10.88, not within -10.88 to 0.88."""
+    values = direction * np.array([5.0, 1.0])
+    about = Measured(
+        title="FID",
+        unit="",
+        direction=direction,
+        fitted=Attributions(values, 9.0 * np.eye(2), "shapley", "gp", "analytic", 10, 2, 0.0),
+        names=labels(["a", "b"]),
+        n_examples=[10, 10],
+        shares=np.array([5 / 6, 1 / 6]),
+        order=np.array([0, 1]),
+        ranks=np.array([[1, 2], [1, 2]]),
+        decimals=2,
+        v_empty=0.0,
+        v_grand=float(values.sum()),
+        shares_mean_something=False,
+    )
+    text = "".join(segment.text for segment in answer(about))
+    assert f"{'raise' if direction > 0 else 'lower'} the FID by 5.00 on average" in text
+    assert "\u22120.88 to 10.88" in text
+
+
+def test_a_pair_that_lost_its_half_parts_no_other() -> None:
+    half = np.array([[True, False, False], [False, True, False], [True, True, False], [False, False, True]])
+    pairs = np.stack([half[:3], ~half[:3]], axis=1).reshape(-1, 3)
+    assert with_whole_pairs([2, 4, 6], pairs) == [2, 4, 6]
+    assert with_whole_pairs([2, 4, 5], pairs[[0, 1, 2, 4, 5]]) == [2, 5]
+    assert with_whole_pairs([2, 4, 5], pairs[[0, 2, 3, 4, 5]]) == [3, 5]
 
 
 @FEW

@@ -181,7 +181,7 @@ def test_claims_can_be_narrowed(store: Store, study_id: int) -> None:
     assert store.claim(roles=[]) is None
 
 
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("step", [1, 2, 100])
 def test_claims_can_be_narrowed_to_thousands(store: Store, study_id: int, step: int) -> None:
     ids = store.add(study_id, [spec(seed, priority=seed % 3) for seed in range(400)])
     wanted = ids[10::step]

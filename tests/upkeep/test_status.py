@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 from paper_study import PaperStudy, files_below, write_checkpoint, write_study
+from sqlalchemy import create_engine
 
 from tribute.cli import main, status_command
 from tribute.errors import StoreError
 from tribute.study import status as status_module
+from tribute.study.plan import read_done
 from tribute.study.results import read_result
 from tribute.study.run_folder import RunLock
 from tribute.study.status import N_RECENT, model_folders, rate_and_time_left, read_status
@@ -160,8 +162,35 @@ def test_a_store_of_an_older_schema_is_not_migrated(study: PaperStudy) -> None:
     with pytest.raises(StoreError) as caught:
         read_status(study.config)
     assert f"{study.config.db_url} has an older schema" in str(caught.value)
+    with pytest.raises(StoreError, match="has an older schema"):
+        read_done(study.config)  # as for a plan, which writes nothing either
     assert Path(study.config.db_url).read_bytes() == before
     assert not list(study.config.run_dir.glob("*.bak"))
+
+
+def test_a_server_is_only_read_and_its_older_schema_is_not_migrated(tmp_path: Path, postgres_url: str) -> None:
+    study = write_study(tmp_path, db=postgres_url)
+    with study.store() as store:
+        study.finish(store, 5)
+    assert read_status(study.config).n("finished") == 5
+    with pytest.raises(StoreError, match="read-only"), status_module.open_to_read(study.config) as store:
+        store.retry()
+    engine = create_engine(postgres_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP INDEX evaluation_to_claim")
+        connection.exec_driver_sql("ALTER TABLE evaluation DROP COLUMN heartbeat")
+        connection.exec_driver_sql("UPDATE tribute_schema SET version = 1")
+    with pytest.raises(StoreError, match="has an older schema"):
+        read_status(study.config)
+    with engine.begin() as connection:
+        assert connection.exec_driver_sql("SELECT version FROM tribute_schema").scalar_one() == 1
+    engine.dispose()
+
+
+def test_a_run_that_ended_before_it_made_its_store_has_its_models(study: PaperStudy) -> None:
+    Path(study.config.db_url).unlink()
+    done = read_done(study.config)
+    assert done.n_steps["full"] > 0 and not done.n_finished
 
 
 def test_the_run_at_work_is_named_by_its_lock(study: PaperStudy) -> None:

@@ -283,10 +283,7 @@ def test_gc_finds_each_kind_and_leaves_the_rest(study: PaperStudy, capsys: pytes
     main("gc", [str(run_dir), "--what", "checkpoints", "--yes"])
     assert not early.exists() and damaged.exists()
     main("gc", [str(run_dir), "--yes"])
-    assert not any(path.exists() for path in (early, damaged, left, backup))
-    assert images.exists()  # what a report shows goes only when it is named
-    main("gc", [str(run_dir), "--what", "images", "--yes"])
-    assert not images.exists()
+    assert not any(path.exists() for path in (early, damaged, left, backup, images))
     gone = [path for path in kept if not (run_dir / path).exists()]
     assert {Path(path).parts[0] for path in gone} <= {"digits", left.name, backup.name, "samples"}
     assert young.exists() and ours.exists()
@@ -348,6 +345,60 @@ def test_links_are_not_followed(study: PaperStudy, tmp_path: Path) -> None:
     assert files_below(outside) == before
     remove(study.config.run_dir / "link")
     assert files_below(outside) == before
+
+
+def test_a_model_behind_a_link_is_not_the_studys_to_delete(study: PaperStudy, tmp_path: Path) -> None:
+    shared = tmp_path / "another" / "study"
+    shared.parent.mkdir()
+    retrain = model_folders(study.config)["full"].parents[1]
+    retrain.rename(shared)
+    retrain.symlink_to(shared, target_is_directory=True)
+    before = files_below(shared)
+    with study.store() as store, pytest.raises(ConfigError, match="behind a link, and may be another study's"):
+        plan_reset(study.config, "full_model", store)
+    main("reset", [str(study.path), "--stage", "sparse_model", "--yes"])
+    assert files_below(shared) == before
+
+
+def test_a_pilot_goes_with_the_model_that_it_judged(study: PaperStudy) -> None:
+    pilot = study.config.run_dir / "pilot.json"
+    pilot.write_text("{}")
+    with study.store() as store:
+        assert pilot not in plan_reset(study.config, "fit", store).outputs
+        assert pilot in plan_reset(study.config, "sparse_model", store).outputs
+
+
+def test_pictures_are_results_which_the_manifest_names(study: PaperStudy) -> None:
+    samples = study.config.run_dir / "samples"
+    samples.mkdir()
+    (samples / "full.png").write_text("png")
+    assert [item.kind for item in find_waste(study.config, None).files] == ["images"]
+    (samples / "pictures.json").write_text("{}")
+    assert not find_waste(study.config, None)
+
+
+def test_evaluations_of_a_server_go_only_when_named(
+    tmp_path: Path, postgres_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run folder on another host may have a larger plan for the same study."""
+    study = write_study(tmp_path, db=postgres_url)
+    fewer = replace(study.record, evaluations={**study.record.evaluations, "fit": study.record.evaluations["fit"][:12]})
+    fewer.write(study.config.run_dir)
+    main("gc", [str(study.path), "--yes"])
+    assert "kept: 8 evaluations in postgresql" in capsys.readouterr().out
+    assert study.by_status()["fit"] == {"pending": 20}
+    main("gc", [str(study.path), "--what", "evaluations", "--yes"])
+    assert study.by_status()["fit"] == {"pending": 12}
+
+
+def test_the_backup_of_a_store_that_others_use_stays(tmp_path: Path) -> None:
+    study = write_study(tmp_path, db=str(tmp_path / "shared.db"))
+    backup = tmp_path / "shared.db.schema-1.bak"
+    backup.write_text("old")
+    with study.store() as store:
+        assert [item.path for item in find_waste(study.config, store).files] == [backup]
+        store.open_study("theirs", dataset="digits", contributor_names=["a"], n_examples=[1], fingerprint="f")
+        assert not find_waste(study.config, store)
 
 
 def test_what_a_process_has_open_stays(study: PaperStudy, monkeypatch: pytest.MonkeyPatch) -> None:

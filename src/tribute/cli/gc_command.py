@@ -18,7 +18,6 @@ from tribute.errors import ConfigError
 from tribute.store.records import Store
 from tribute.study.run_folder import WAIT_OR_STOP_IT, RunLock
 from tribute.study.upkeep import (
-    DISPENSABLE_KINDS,
     KINDS,
     Waste,
     clean,
@@ -38,7 +37,7 @@ class GcArguments(Arguments):
     outdir: Path | None = Field(default=None, description="Folder of run folders; None: the study's.")
     cache: bool = Field(default=False, description="Look through the cache ($TRIBUTE_CACHE) instead of a study.")
     what: tuple[Literal["checkpoints", "damaged", "leftovers", "evaluations", "backups", "images", "cache"], ...] = (
-        Field(default=(), description="Only these kinds; none: all but images.")
+        Field(default=(), description="Only these kinds; none: all of them.")
     )
     yes: bool = Field(default=False, description="Do not ask.")
     dry_run: bool = Field(default=False, description="Say what would go and stop.")
@@ -63,8 +62,8 @@ def run(argv: Sequence[str], prog: str) -> None:
             store = existing_store(config)
             if store is not None:
                 stack.enter_context(store)
-            waste = find_waste(config, store)
-        waste = only(waste, arguments.what or DISPENSABLE_KINDS)
+            waste = find_waste(config, store, of_server="evaluations" in arguments.what)
+        waste = only(waste, arguments.what or KINDS)
         for line in waste.kept:
             print_line(f"  kept: {line}")
         if not waste:

@@ -31,6 +31,7 @@ TITLES = {
     "fit": "fit",
     "loo": "leave one out",
     "test": "test",
+    "pictures": "pictures",
 }
 
 
@@ -99,7 +100,7 @@ def print_plan(config: StudyConfig, plan: StudyPlan, workers: Sequence[int]) -> 
                 str(n),
                 duration(plan.wall_seconds(n)),
                 duration(plan.wall_seconds(n, left=True)),
-                duration(plan.preparation_seconds(left=True)),
+                duration(plan.alone_seconds(left=True)),
             ]
             for n in workers
         ],

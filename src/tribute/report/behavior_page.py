@@ -17,7 +17,7 @@ from tribute.games.uncertainty import differences, rank_intervals
 from tribute.report import charts
 from tribute.report.charts import Chart, Series, Whisker, WhiskerAxis
 from tribute.report.glossary import KERNEL_NAMES, behavior_words
-from tribute.report.names import Label, visible
+from tribute.report.names import Label, visible, without_places
 from tribute.report.numbers import between, counted, decimals_for, fixed, percent, significant
 from tribute.report.sentences import (
     Measured,
@@ -234,7 +234,9 @@ class BehaviorPage:
 def page_without_credit(key: str, name: str, reason: str) -> BehaviorPage:
     """The page of a behavior of which too little is measured."""
     title, meaning = behavior_words(visible(name))
-    return BehaviorPage(key, visible(name), title, meaning, "", "", "", True, None, missing=visible(reason))
+    return BehaviorPage(
+        key, visible(name), title, meaning, "", "", "", True, None, missing=visible(without_places(reason))
+    )
 
 
 def behavior_page(
@@ -298,7 +300,10 @@ def behavior_page(
         proof=None if validation is None else _proof(key, about, result, validation),
         convergence=_convergence(key, about, result, config, raw_names),
         pro_rata=_pro_rata(key, about),
-        unfitted=[(KERNEL_NAMES.get(kernel, kernel), visible(reason)) for kernel, reason in result.unfitted.items()],
+        unfitted=[
+            (KERNEL_NAMES.get(kernel, kernel), visible(without_places(reason)))
+            for kernel, reason in result.unfitted.items()
+        ],
     )
     return BehaviorPage(
         key=key,
@@ -307,7 +312,7 @@ def behavior_page(
         meaning=meaning,
         unit=about.unit,
         direction_text="higher is better" if about.direction > 0 else "lower is better",
-        variant=visible(result.definition["variant"]) if result.definition.get("variant") else "",
+        variant=visible(without_places(result.definition["variant"])) if result.definition.get("variant") else "",
         higher_is_better=about.direction > 0,
         credit=credit,
         attributions=fitted,
@@ -394,6 +399,14 @@ def _certainty(about: Measured, neighbors: Sequence[NeighborRow]) -> tuple[list[
             n_pairs=f"{len(neighbors):,}",
         )
     ]
+    if n > 2:
+        sentences.append(
+            say(
+                "Every contributor and every pair is judged by itself at the 95\u00a0% level: among {many} such "
+                "statements, about one in twenty may be wrong.",
+                many="many",
+            )
+        )
     runs: list[Sentence] = []
     start = 0
     for place in range(n):
@@ -423,6 +436,14 @@ def _cautions(about: Measured, validation: Validation | None) -> list[Sentence]:
                 "Nothing proves this credit yet: there are no finished {tests}, so nobody knows how well it predicts "
                 "retrained models.",
                 tests=term("test coalitions", "test-coalition"),
+            )
+        )
+    elif not np.isfinite(validation.score.interval).all():
+        found.append(
+            say(
+                "The proof says nothing: the {lds} is not known{reason}.",
+                lds=term("LDS", "lds"),
+                reason=f" ({validation.score.undefined_reason})" if validation.score.undefined_reason else "",
             )
         )
     elif not validation.score.interval[0] > 0:
@@ -544,11 +565,26 @@ def _kernel_row(kernel: str, fitted: Attributions, found: Validation) -> KernelR
 
 
 def prefix_sizes(n_coalitions: int, *, paired: bool) -> list[int]:
-    """Numbers of coalitions to which credit is fitted again, the last being all; pairs are kept together."""
+    """Numbers of coalitions to which credit is fitted again, the last being all; pairs, where none lacks its other
+    half, are kept together."""
     parts = PREFIXES if n_coalitions <= MANY_COALITIONS else FEW_PREFIXES
     step = 2 if paired else 1
     sizes = {max(4, step * round(part * n_coalitions / step)) for part in parts if part < 1}
     return sorted(size for size in sizes if size < n_coalitions) + [n_coalitions]
+
+
+def with_whole_pairs(sizes: Sequence[int], masks: npt.NDArray[np.bool_]) -> list[int]:
+    """Sizes that part no pair: one that lacks its half, as it failed, shifts all pairs after it by one.
+
+    Args:
+        sizes: Of the first coalitions, the last being all.
+        masks: `(n_fit, n_contributors)`.
+    """
+    ends, at = {len(masks)}, 0
+    while at < len(masks):
+        at += 2 if at + 1 < len(masks) and (masks[at] != masks[at + 1]).all() else 1
+        ends.add(at)
+    return sorted({size if size in ends else size + 1 for size in sizes})
 
 
 def _convergence(
@@ -556,7 +592,10 @@ def _convergence(
 ) -> Convergence | None:
     """Credit from the first coalitions alone; None where there are too few to tell anything."""
     n_fit = len(result.fit_behaviors)
-    sizes = prefix_sizes(n_fit, paired=about.fitted.design in PAIRED_DESIGNS)
+    paired = about.fitted.design in PAIRED_DESIGNS
+    sizes = prefix_sizes(n_fit, paired=paired)
+    if paired:
+        sizes = with_whole_pairs(sizes, result.fit_masks)
     fits = fit_at_sizes(
         result.fit_masks,
         result.fit_behaviors,
@@ -658,9 +697,12 @@ def _convergence(
 
 
 def _pro_rata(key: str, about: Measured) -> ProRata | None:
-    """Shares by credit beside shares by number of examples; None where there are no shares."""
+    """Shares by credit beside shares by number of examples; None where there are no shares.
+
+    Where all together made the behavior worse, those who harmed most would have the largest shares.
+    """
     total, n_all = float(about.fitted.values.sum()), sum(about.n_examples)
-    if not np.isfinite(about.shares).all() or n_all == 0:
+    if not np.isfinite(about.shares).all() or n_all == 0 or total * about.direction <= 0:
         return None
     by_examples = np.asarray(about.n_examples, dtype=np.float64) / n_all
     bounds = np.sort(about.fitted.intervals() / total, axis=1)

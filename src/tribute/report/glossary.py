@@ -78,8 +78,9 @@ _TERMS = (
         "difference",
         "Difference of neighbours",
         "the unit of the behavior",
-        "The attribution of a contributor less that of the one who follows in the ranking. Its interval is exact: it "
-        "takes into account that the errors of the two go together.",
+        "The attribution of a contributor less that of the one who follows in the ranking. Its interval takes into "
+        "account that the errors of the two go together. Two are told apart where it excludes zero; each pair is "
+        "judged by itself.",
         "credit of one less that of the next, in the unit of the behavior",
     ),
     Term(
@@ -116,10 +117,10 @@ _TERMS = (
         "interval",
         "95 % interval",
         "the unit of its number",
-        "Where the number would lie in 95 of 100 repetitions of the study with other coalitions and other noise. It "
-        "rests on a model of the behavior, and does not cover the difference between the quick models that were "
-        "measured and the full model.",
-        "holds the number with a probability of 95 %",
+        "Of 100 repetitions of the study with other coalitions and other noise, about 95 would give an interval that "
+        "holds the true number. Each interval is for one number by itself. It rests on a model of the behavior, and "
+        "does not cover the difference between the quick models that were measured and the full model.",
+        "found in a way that holds the true number 95 times of 100",
     ),
     Term(
         "kernel",
@@ -190,7 +191,7 @@ _TERMS = (
         "Possible ranks",
         "ranks, 1 is best",
         "First and last rank that a contributor may hold at the 95 % level, given the uncertainty of everybody\u2019s "
-        "credit.",
+        "credit; for each contributor by itself.",
         "ranks that are possible at the 95 % level",
     ),
     Term(

@@ -6,6 +6,7 @@ change how the text around it is read: control characters, directions, and names
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ MAX_EMS_IN_CHART = 10.6
 NO_NAME = "(no name)"
 
 _JOINERS = "\u200c\u200d"  # without them Persian words and composed emoji fall apart
+_PLACE = re.compile(r"(?<![\w/\\:.])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"<>|:;,]+[/\\])+")
+"""Folders of an absolute path."""
 _ISOLATE, _POP_ISOLATE = "\u2068", "\u2069"
 
 
@@ -64,6 +67,11 @@ def visible(text: str) -> str:
             shown.append(char)
     collapsed = " ".join("".join(shown).split())
     return collapsed if collapsed.strip(_JOINERS + " ") else NO_NAME
+
+
+def without_places(text: str) -> str:
+    """Text in which absolute paths are cut to their last part: a page is given away, users and folders are not."""
+    return _PLACE.sub("", text)
 
 
 def shortened(text: str, at_most: int) -> str:

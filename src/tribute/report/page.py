@@ -14,7 +14,7 @@ from tribute.config import StudyConfig
 from tribute.errors import ConfigError, FitError
 from tribute.report.behavior_page import BehaviorPage, behavior_page, page_without_credit
 from tribute.report.glossary import GLOSSARY, Term, glossary
-from tribute.report.names import Label, labels, visible
+from tribute.report.names import Label, labels, visible, without_places
 from tribute.report.numbers import between, counted, duration, fixed, significant
 from tribute.report.payout import NegativePolicy, Payout, money, pay_out
 from tribute.report.sentences import Sentence, say, term
@@ -49,6 +49,7 @@ _STAGES = {
     "loo": "Leave-one-out coalitions",
     "test": "Test coalitions, retrained",
     "pilot": "Pilot",
+    "pictures": "Models for pictures",
     "other": "Other measurements",
 }
 
@@ -337,7 +338,9 @@ def _progress(record: StudyRecord, store: Store, study_id: int) -> Progress:
         rows.append(ProgressRow(_ROLES.get(role, visible(role)), counts["finished"], len(identities), counts["failed"]))
         if counts["failed"]:
             found = store.find(study_id, statuses=("failed",), evaluation_ids=ids)
-            failures |= dict.fromkeys(visible((item.error or "no reason recorded")[:300]) for item in found)
+            failures |= dict.fromkeys(
+                visible(without_places(item.error or "no reason recorded")[:300]) for item in found
+            )
     return Progress(rows, list(failures)[:5])
 
 
@@ -498,7 +501,7 @@ def _payout_page(request: PayoutRequest, page: BehaviorPage, names: Sequence[Lab
             negative=request.negative,
         )
     except FitError as error:
-        return PayoutPage(page, "", "", [], [], "", visible(str(error)))
+        return PayoutPage(page, "", "", [], [], "", visible(without_places(str(error))))
     rows = [_payout_row(found, row.contributor_idx, names[row.contributor_idx]) for row in page.credit.rows]
     budget = money(found.budget, found.currency)
     return PayoutPage(page, budget, found.policy, [visible(note) for note in found.notes], rows, budget, payout=found)

@@ -192,7 +192,8 @@ def payout_csv(payouts: Sequence[Payout], contributor_names: Sequence[str], n_ex
     for payout in payouts:
         n_decimals = max(0, -_exponent(payout.unit))
         for i, name in enumerate(contributor_names):
-            interval = ["" if not math.isfinite(x) else f"{x:.{n_decimals}f}" for x in payout.intervals[i]]
+            bounds = [round(float(x), n_decimals) + 0.0 for x in payout.intervals[i]]  # + 0.0: no -0.00
+            interval = ["" if not math.isfinite(x) else f"{x:.{n_decimals}f}" for x in bounds]
             writer.writerow(
                 [spreadsheet_text(payout.behavior_name), payout.negative, spreadsheet_text(name), n_examples[i]]
                 + [f"{payout.values[i]:.8g}", "yes" if payout.includes_zero[i] else "no", f"{payout.shares[i]:.8g}"]

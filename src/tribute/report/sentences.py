@@ -154,7 +154,8 @@ def answer(about: Measured) -> Sentence:
     low, high = about.fitted.intervals()[leader]
     size = number(fixed(abs(value), about.decimals), "attribution")
     unit = f", in {about.unit}" if about.unit else ", no unit"
-    bounds = sorted(abs(x) for x in (low, high)) if low * high > 0 else (low, high)
+    toward = -1.0 if value < 0 else 1.0  # the size and its interval in the direction of which the sentence speaks
+    bounds = sorted((toward * low, toward * high))
     interval = [
         term("95\u00a0% interval", "interval"),
         Segment(" "),

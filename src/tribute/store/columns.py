@@ -1,4 +1,4 @@
-"""Tables of named columns as Parquet, for whoever above has a table to write.
+"""Tables of named columns as Parquet, for whoever above has a table to write or to read.
 
 What is in a column and what it means is the business of the one who writes it; which library writes it is that of this
 file alone.
@@ -7,6 +7,7 @@ file alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from tribute.errors import StoreError
@@ -45,3 +46,18 @@ def parquet_bytes(columns: Mapping[str, tuple[Kind, Sequence[Any]]], *, schema: 
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue().to_pybytes()
+
+
+def read_columns(path: Path) -> dict[str, list[Any]]:
+    """The values of a Parquet file by column; null is None.
+
+    Raises:
+        StoreError: It cannot be read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path, partitioning=None).to_pydict()
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"{path} cannot be read as a table ({error})") from error

@@ -16,7 +16,7 @@ from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError, DisconnectionError, NoSuchModuleError
 
 from tribute.errors import StoreError
-from tribute.store.migrations import migrate
+from tribute.store.migrations import migrate, not_writable
 from tribute.store.patience import FileGone, Patience
 from tribute.store.tables import SCHEMA_VERSION, lock_schema, metadata, schema, stored_version
 
@@ -29,15 +29,16 @@ _NETWORK_FILE_SYSTEMS = frozenset(
 )
 
 
-def open_database(location: str | Path, *, create: bool, patience: Patience) -> Engine:
+def open_database(location: str | Path, *, create: bool, patience: Patience, read_only: bool = False) -> Engine:
     """Open the database at `location`, with the tables of this version in it.
 
-    Tables of an older version are migrated, see `migrations`.
+    Tables of an older version are migrated, see `migrations`, unless it is only read.
 
     Args:
         location: Path of a SQLite file, or an SQLAlchemy URL.
         create: Make the file, its folders and the tables where they are missing.
         patience: With a database that is locked or does not answer.
+        read_only: Transactions of a server may not write, and nothing is migrated. A SQLite file says so in its URL.
 
     Raises:
         StoreError: The place cannot hold a store, or holds something else; the message says what to do.
@@ -48,7 +49,11 @@ def open_database(location: str | Path, *, create: bool, patience: Patience) -> 
     if file is not None:
         _check_file(file, create=create)
     try:
-        engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS} if is_sqlite else {})
+        engine = create_engine(
+            url,
+            connect_args={"timeout": BUSY_SECONDS} if is_sqlite else {},
+            execution_options={"postgresql_readonly": True} if read_only and not is_sqlite else {},
+        )
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
         raise StoreError(
             f"A store needs a database whose driver is installed; {shown(url)} gave: {error}. "
@@ -58,7 +63,7 @@ def open_database(location: str | Path, *, create: bool, patience: Patience) -> 
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     try:
-        _prepare_schema(engine, create=create, patience=patience)
+        _prepare_schema(engine, create=create, patience=patience, read_only=read_only)
         if file is not None:
             _use_write_ahead_log(engine)
             _watch_file(engine, file)
@@ -192,7 +197,7 @@ def _watch_file(engine: Engine, file: Path) -> None:
     event.listen(engine, "checkout", checked_out)
 
 
-def _prepare_schema(engine: Engine, *, create: bool, patience: Patience) -> None:
+def _prepare_schema(engine: Engine, *, create: bool, patience: Patience, read_only: bool) -> None:
     """Create the tables in an empty database, migrate older ones; refuse those of strangers and of newer versions."""
     place = shown(engine.url)
 
@@ -210,6 +215,8 @@ def _prepare_schema(engine: Engine, *, create: bool, patience: Patience) -> None
     if version is None:
         raise StoreError(f"A store of Tribute was expected; {place} has none. Check the path or URL.")
     if version < SCHEMA_VERSION:
+        if read_only:
+            raise not_writable(place)
         version = migrate(writer(engine), patience, place, database_file(engine.url))
     if version > SCHEMA_VERSION:
         raise StoreError(

@@ -51,7 +51,7 @@ def migrate(engine: Engine, patience: Patience, place: str, file: Path | None) -
         StoreError: The store may not be written, there is no space for the copy, or its schema is unknown.
     """
     if file is not None and not os.access(file, os.W_OK):
-        raise _not_writable(place)
+        raise not_writable(place)
 
     def step(_number: int) -> int:
         with engine.begin() as connection:
@@ -77,12 +77,13 @@ def migrate(engine: Engine, patience: Patience, place: str, file: Path | None) -
             version = patience.insist(step, place)
         except StoreError as error:
             if "readonly" in str(error) or "permission" in str(error) or "must be owner" in str(error):
-                raise _not_writable(place) from error
+                raise not_writable(place) from error
             raise
     return version
 
 
-def _not_writable(place: str) -> StoreError:
+def not_writable(place: str) -> StoreError:
+    """Of an older store that is not, or cannot be, migrated now."""
     return StoreError(
         f"The store {place} has an older schema than {tables.SCHEMA_VERSION}, which this version of Tribute reads, and "
         "may not be written, so that it cannot be migrated. Open it once as a user who may write to it (any command "

@@ -30,6 +30,7 @@ from sqlalchemy import (
     ColumnElement,
     Engine,
     Integer,
+    LargeBinary,
     Row,
     Select,
     String,
@@ -78,6 +79,7 @@ _SPEC_COLUMNS = (*_IDENTIFYING, "role", "priority")  # with the coalition, all t
 _SINGLE_IMAGE = "generated_image_"  # behaviors of single images begin so
 _CHUNK = 500  # identities per query, far below the 32,766 variables that SQLite allows
 _FEW = 50  # numbers, or runs of numbers, that a condition lists one by one
+_SPARSE = 64  # one number in so many is sent as that many bits; of rarer ones the decimal digits are shorter
 # Statements of every evaluation, built once. Their parameters `at_...` are keys, the others are columns.
 _AT_ID = evaluation.c.id == bindparam("at_id")
 _CLAIM = (
@@ -470,13 +472,22 @@ class Store:
         self._is_file = database.database_file(engine.url) is not None
 
     @classmethod
-    def open(cls, location: str | Path, *, create: bool = True, patience: Patience | None = None) -> Store:
+    def open(
+        cls,
+        location: str | Path,
+        *,
+        create: bool = True,
+        patience: Patience | None = None,
+        read_only: bool = False,
+    ) -> Store:
         """Open the store at `location`; one of an older schema is migrated.
 
         Args:
             location: Path of a SQLite file (its folders are made), or an SQLAlchemy URL.
             create: Make what is missing. False also opens a file that may only be read.
             patience: With a database that is locked or does not answer; 90 s by default.
+            read_only: Migrate nothing, and let a server refuse whatever writes. For a SQLite file see
+                `study.status.open_to_read`.
 
         Raises:
             StoreError: `location` is a directory, not writable, on a network file system, not a database, of
@@ -484,7 +495,8 @@ class Store:
                 `create=False`.
         """
         patience = patience or Patience()
-        return cls(database.open_database(location, create=create, patience=patience), patience=patience)
+        engine = database.open_database(location, create=create, patience=patience, read_only=read_only)
+        return cls(engine, patience=patience)
 
     def __enter__(self) -> Store:
         return self
@@ -1275,7 +1287,17 @@ def _among(ids: Sequence[int], *, is_sqlite: bool) -> ColumnElement[bool]:
     if is_sqlite:
         listed = func.json_each(json.dumps(numbers.tolist())).table_valued("value")
         return number.in_(select(listed.c.value))
-    listed = func.unnest(bindparam("evaluation_ids", numbers.tolist(), type_=ARRAY(Integer), unique=True))
+    first, span = int(numbers[0]), int(numbers[-1] - numbers[0]) + 1
+    if span <= _SPARSE * numbers.size:
+        # One bit for every number in between: read without a table of hashes, which every statement would make anew.
+        is_listed = np.zeros(span, dtype=np.bool_)
+        is_listed[numbers - first] = True
+        bits = np.packbits(is_listed, bitorder="little").tobytes()
+        bit = func.get_bit(bindparam("evaluation_bits", bits, type_=LargeBinary, unique=True), number - first)
+        return case((number.between(first, first + span - 1), bit == 1), else_=false())
+    # As text, which is made once: the driver would turn a list into it for every statement, for longer than that takes.
+    text = "{" + ",".join(map(str, numbers.tolist())) + "}"
+    listed = func.unnest(cast(bindparam("evaluation_ids", text, type_=String, unique=True), ARRAY(Integer)))
     # Within CASE the list stays a table of hashes; as an array it is gone through for every row.
     return case((number.in_(select(listed)), true()), else_=false())
 

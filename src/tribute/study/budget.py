@@ -30,6 +30,7 @@ _TITLES = {
     "loo": "leave-one-out coalitions",
     "test": "test coalitions",
     "pilot": "evaluations of the pilot",
+    "pictures": "models for pictures",
     "other": "other evaluations",
 }
 

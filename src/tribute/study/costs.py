@@ -29,10 +29,12 @@ STAGE_OF_ROLE = {
     "loo": "loo",
     "test": "test",
     "pilot": "pilot",
+    "picture": "pictures",
 }
-STAGES = (*MODEL_STAGES.values(), "end_points", "fit", "loo", "test", "pilot", "other")
+STAGES = (*MODEL_STAGES.values(), "end_points", "fit", "loo", "test", "pilot", "pictures", "other")
 """In the order of a study; `other` are evaluations of the study that its plan does not ask for."""
 
+_UNPLANNED_STAGES = ("pilot", "pictures", "other")
 _CKPT_NAME = re.compile(r"ckpt_steps_(\d{8})")
 
 
@@ -188,7 +190,7 @@ def add_up(
         by_stage.setdefault(STAGE_OF_ROLE.get(effort.role or "", "other"), []).append(effort)
     for stage in STAGES[len(MODEL_STAGES) :]:
         done = [effort for effort in by_stage.get(stage, []) if effort.status == "finished"]
-        n_planned = planned.get(stage, len(by_stage.get(stage, [])) if stage in ("pilot", "other") else 0)
+        n_planned = planned.get(stage, len(by_stage.get(stage, [])) if stage in _UNPLANNED_STAGES else 0)
         if not done and not n_planned:
             continue
         parts: dict[str, float] = {}

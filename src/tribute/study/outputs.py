@@ -65,9 +65,12 @@ def direction(result: BehaviorResult) -> int:
 
 
 def shares(attributions: Attributions) -> npt.NDArray[np.float64]:
-    """Attributions as fractions of their sum, for Shapley values v(grand) - v(empty); NaN where the sum is 0."""
+    """Attributions as fractions of their sum, for Shapley values v(grand) - v(empty); NaN where the sum is 0.
+
+    A sum that is rounding beside what it is the sum of counts as 0, whatever the unit of the behavior.
+    """
     total = attributions.values.sum()
-    if math.isclose(total, 0.0, abs_tol=1e-12):
+    if abs(total) <= 1e-12 * np.abs(attributions.values).sum():
         return np.full(attributions.n_contributors, np.nan)
     return attributions.values / total
 
@@ -216,7 +219,7 @@ def summary(result: StudyResult) -> dict[str, Any]:
         {
             "schema": SUMMARY_SCHEMA,
             "name": result.config.name,
-            "config": result.config.model_dump(mode="json"),
+            "config": result.config.without_password(),
             "config_fingerprint": result.config.fingerprint(),
             "contributors": [
                 {"name": name, "n_examples": n}

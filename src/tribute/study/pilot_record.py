@@ -265,7 +265,10 @@ def _verdict(
     """The first rule that applies, and why; see docs/planning.md."""
     shown = (
         f"rank correlation {correlation:.2f} ({interval[0]:.2f} to {interval[1]:.2f}) over {n_coalitions} coalitions"
+        if math.isfinite(correlation)
+        else f"no rank correlation over {n_coalitions} coalitions, as one method gives them all the same value"
     )
+    below = f"{shown} is below {MIN_CORRELATION:g}" if math.isfinite(correlation) else f"there is {shown}"
     retrain_spread = spreads["retraining"]
     if correlation >= MIN_CORRELATION and interval[0] > 0:
         sentences = [f"go: {shown} is at least {MIN_CORRELATION:g}, and its interval is above 0"]
@@ -277,7 +280,8 @@ def _verdict(
         ]
     found: list[tuple[Verdict, str]] = []
     for method, spread in spreads.items():
-        if retrain_spread == 0 or noises[method] > MAX_NOISE * spread > 0:
+        # Retraining that tells no coalition from another leaves nothing to rank; fine-tuning that does so is too short.
+        if noises[method] > MAX_NOISE * spread > 0 or (method == "retraining" and spread == 0):
             ratio = math.inf if spread == 0 else noises[method] / spread
             found.append(
                 (
@@ -304,7 +308,7 @@ def _verdict(
         found.append(
             (
                 "more_steps",
-                f"more fine-tuning steps: {shown} is below {MIN_CORRELATION:g}, though noise and pruning are within "
+                f"more fine-tuning steps: {below}, though noise and pruning are within "
                 f"bounds; coalitions differ {ratio:.2g} times as much by sparsified fine-tuning as by retraining; "
                 "raise gd.n_steps, or gd.lr",
             )

@@ -11,13 +11,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tribute.config import StudyConfig, TrainConfig
-from tribute.store.records import EvaluationSpec, Store
+from tribute.store.records import EvaluationSpec
 from tribute.study.costs import MODEL_STAGES, STAGE_OF_ROLE, read_model_costs
+from tribute.study.pictures import ROLE as PICTURE_ROLE
 from tribute.study.record import FILE_NAME, StudyRecord
+from tribute.study.status import open_to_read, store_exists
 
 PREPARATION_STAGES = ("classifier", "references", "latents", "full_model", "pruning", "sparse_model")
 """One after the other, by one process: more workers do not shorten them."""
 COALITION_STAGES = ("end_points", "fit", "loo", "test")
+FINAL_STAGES = ("pictures",)
+"""After the coalitions, by one process, too."""
 
 BYTES_PER_EVALUATION = 8192
 """In the store, with its settings and provenance; studies of the examples took 5 to 7 kB."""
@@ -125,23 +129,23 @@ class StudyPlan:
         seconds = sum(stage.seconds_left if left else stage.seconds for stage in self.stages)
         return self.units.n_devices * (seconds + self.units.seconds_setup) / 3600
 
-    def preparation_seconds(self, *, left: bool = False) -> float:
-        """Seconds of the stages before the coalitions, which one process does."""
+    def alone_seconds(self, *, left: bool = False) -> float:
+        """Seconds of the stages before and after the coalitions, which one process does."""
         return sum(
-            stage.seconds_left if left else stage.seconds for stage in self.stages if stage.name in PREPARATION_STAGES
+            stage.seconds_left if left else stage.seconds
+            for stage in self.stages
+            if stage.name in (*PREPARATION_STAGES, *FINAL_STAGES)
         )
 
     def wall_seconds(self, n_workers: int, *, left: bool = False) -> float:
         """Time until everything is there.
 
-        The stages before the coalitions are one process's. Coalitions are not divided: each worker takes the next one
-        when it has finished one. One worker is the process itself; several are set up beside it.
+        The stages before and after the coalitions are one process's. Coalitions are not divided: each worker takes the
+        next one when it has finished one. One worker is the process itself; several are set up beside it.
         """
         units = [seconds for stage in self.stages for seconds in (stage.units_left if left else stage.units)]
         workers_setup = self.units.seconds_setup if n_workers > 1 and units else 0.0
-        return (
-            self.units.seconds_setup + self.preparation_seconds(left=left) + workers_setup + makespan(units, n_workers)
-        )
+        return self.units.seconds_setup + self.alone_seconds(left=left) + workers_setup + makespan(units, n_workers)
 
     def disk_bytes(self) -> int:
         """Run folder and store, when the study is done."""
@@ -180,6 +184,7 @@ def plan_study(
     done: Done | None = None,
     *,
     n_behaviors: int = 1,
+    n_pictured_behaviors: int = 0,
 ) -> StudyPlan:
     """What a study takes.
 
@@ -191,6 +196,7 @@ def plan_study(
         units: What its parts take.
         done: What is there already.
         n_behaviors: Values of one evaluation.
+        n_pictured_behaviors: Whose top contributors are left out of a picture.
     """
     done = done or Done()
     stages = [
@@ -211,6 +217,8 @@ def plan_study(
     for name in COALITION_STAGES:
         if name in by_stage:
             stages.append(_coalitions(name, by_stage[name], trainings, n_samples, units, done, n_behaviors))
+    if config.pictures.n_images:
+        stages.append(_pictures(1 + n_pictured_behaviors, trainings, n_samples, units, done, n_behaviors))
     return StudyPlan(tuple(stages), units, config.fit.until_interval)
 
 
@@ -225,8 +233,12 @@ def read_done(config: StudyConfig) -> Done:
         return Done(n_steps)
     record = StudyRecord.read(config)
     n_finished: dict[str, int] = {}
-    with Store.open(config.db_url, create=False) as store:
+    if not store_exists(config):  # interrupted before the first coalition
+        return Done(n_steps)
+    with open_to_read(config) as store:
         if store.studies(name=record.name, dataset=record.dataset):
+            pictures = store.counts(record.study_id(store), role=PICTURE_ROLE)["finished"]
+            n_finished[PICTURE_ROLE] = pictures
             for role in record.evaluations:
                 ids = record.evaluation_ids(store, roles=[role])
                 n_finished[role] = store.counts(record.study_id(store), evaluation_ids=ids)["finished"] if ids else 0
@@ -256,6 +268,31 @@ def _model(name: str, trainings: Mapping[str, TrainConfig], units: UnitCosts, do
         seconds_left=n_left * units.seconds_per_step[name],
         n_left=0,
         bytes=bytes_per_parameter * units.n_parameters[key],
+    )
+
+
+def _pictures(
+    n_models: int,
+    trainings: Mapping[str, TrainConfig],
+    n_samples: int,
+    units: UnitCosts,
+    done: Done,
+    n_behaviors: int,
+) -> StagePlan:
+    """Models that are fine-tuned and measured for pictures: everybody's, and one per behavior at the most."""
+    steps = trainings["gd"].n_steps
+    each = units.evaluation_seconds("gd", steps, is_empty=False)
+    n_left = max(0, n_models - done.n_finished.get(PICTURE_ROLE, 0))
+    return StagePlan(
+        "pictures",
+        n_coalitions=n_models,
+        n_steps=n_models * steps,
+        n_images=n_models * n_samples,
+        seconds_each=each,
+        seconds=n_models * each,
+        seconds_left=n_left * each,
+        n_left=n_left,
+        bytes=n_models * (BYTES_PER_EVALUATION + n_behaviors * BYTES_PER_BEHAVIOR),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from tribute.config import StudyConfig
 from tribute.models.pipelines import load_model
 from tribute.study.evaluations import plan_evaluations
+from tribute.study.pictures import MAX_BEHAVIORS
 from tribute.study.plan import StudyPlan, plan_study, read_done
 from tribute.study.session import check_settings, study_preset, study_trainings
 from tribute.study.unit_costs import measure_unit_costs, planning_worker
@@ -47,4 +48,5 @@ def make_plan(config: StudyConfig, *, device: str | None = None, started: float 
         units,
         done,
         n_behaviors=len(config.behaviors) + (8 * config.local.n_samples if worker.local_names else 0),
+        n_pictured_behaviors=min(MAX_BEHAVIORS, len(worker.behaviors)),
     )

@@ -315,7 +315,7 @@ def open_study(store: Store, config: StudyConfig, record: StudyRecord) -> int:
         contributor_names=record.contributor_names,
         n_examples=record.n_examples,
         fingerprint=record.fingerprint,
-        config=config.model_dump(mode="json"),
+        config=config.without_password(),
     )
 
 

@@ -482,7 +482,7 @@ def store_exists(config: StudyConfig) -> bool:
 
 @contextmanager
 def open_to_read(config: StudyConfig) -> Iterator[Store]:
-    """The store of a study, of which the file is opened for reading only: nothing is migrated, made or locked.
+    """The store of a study, opened for reading only: nothing is migrated, made or locked, in a file or on a server.
 
     SQLite itself may leave its two empty helper files beside one that nobody else has open.
 
@@ -490,7 +490,7 @@ def open_to_read(config: StudyConfig) -> Iterator[Store]:
         StoreError: It is missing, or of another schema.
     """
     if "://" in config.db_url:
-        with Store.open(config.db_url, create=False) as store:
+        with Store.open(config.db_url, create=False, read_only=True) as store:
             yield store
         return
     path = Path(config.db_url).expanduser()
@@ -501,7 +501,7 @@ def open_to_read(config: StudyConfig) -> Iterator[Store]:
         options += "&immutable=1"  # its helper files cannot be made, and nobody of this user can write
     location = f"sqlite:///file:{quote(str(path.resolve()))}?{options}"
     try:
-        with Store.open(location, create=False) as store:
+        with Store.open(location, create=False, read_only=True) as store:
             location = store.location
             yield store
     except StoreError as error:

@@ -23,6 +23,8 @@ from tribute.config import StudyConfig, fingerprint
 from tribute.errors import ConfigError, StoreError
 from tribute.files import sha256_of_file
 from tribute.store.records import Store, StoredEvaluation
+from tribute.study.pictures import FILE_NAME as PICTURES_NAME
+from tribute.study.pilot_record import FILE_NAME as PILOT_NAME
 from tribute.study.record import FILE_NAME, StudyRecord
 from tribute.study.status import ModelName, checkpoint_folders, model_folders, store_exists
 
@@ -35,8 +37,6 @@ OUTPUTS = ("attributions.csv", "attributions.parquet", "summary.json", "attribut
 
 Kind = Literal["checkpoints", "damaged", "leftovers", "evaluations", "backups", "images", "cache"]
 KINDS: tuple[Kind, ...] = ("checkpoints", "damaged", "leftovers", "evaluations", "backups", "images", "cache")
-DISPENSABLE_KINDS: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind != "images")
-"""Those that no result rests on and no report shows."""
 
 SETTLED_SECONDS = 3600.0
 """A leftover must have been left alone for so long: its process may be on another host."""
@@ -141,8 +141,8 @@ def plan_reset(config: StudyConfig, stage: str, store: Store | None) -> Reset:
 
     A model takes along the models made from it, and those evaluations whose identity names one of them: by
     sparsified fine-tuning, all that began with it; by retraining, those with local behaviors, which compare with the
-    full model. Retrained models begin with random weights, so other test evaluations stay. A role takes its
-    evaluations, `coalitions` all of the study's.
+    full model. Retrained models begin with random weights, so other test evaluations stay. What a pilot found of a
+    model goes with it. A role takes its evaluations, `coalitions` all of the study's.
 
     Args:
         config: The study.
@@ -150,7 +150,7 @@ def plan_reset(config: StudyConfig, stage: str, store: Store | None) -> Reset:
         store: Its store; None where there is none yet.
 
     Raises:
-        ConfigError: The stage is unknown, or its model was loaded and not trained.
+        ConfigError: The stage is unknown, or its model was loaded and not trained, or lies elsewhere behind a link.
         StoreError: The record or a checkpoint of the study cannot be read.
     """
     if stage not in STAGES:
@@ -169,15 +169,21 @@ def plan_reset(config: StudyConfig, stage: str, store: Store | None) -> Reset:
     first = _MODEL_ORDER.index(_MODEL_OF_STAGE[stage])
     # What depends on another goes first, so that a crash leaves no model without the one it was made from.
     models = tuple(folders[name] for name in reversed(_MODEL_ORDER[first:]) if _is_plain_folder(folders[name]))
+    for folder in models:
+        if not folder.resolve().is_relative_to(config.run_dir.resolve()):
+            raise ConfigError(
+                f"--stage {stage}: expected its models in {config.run_dir}; {folder} is in {folder.resolve()}, behind "
+                "a link, and may be another study's. Remove the link instead"
+            )
     hashes = {model_hash(path) for folder in models for path in checkpoint_folders(folder)}
     deleted: tuple[StoredEvaluation, ...] = ()
     if store is not None:
         found = store.studies(name=config.name, dataset=config.dataset)
         ids = [item.study_id for item in found if item.study_id is not None]
         deleted = tuple(item for study_id in ids for item in store.find(study_id) if depends_on(item, hashes))
-    record_path = config.run_dir / FILE_NAME
-    if models and record_path.is_file():
-        outputs = (*outputs, record_path)
+    if models:
+        of_models = (config.run_dir / name for name in (PILOT_NAME, FILE_NAME))
+        outputs = (*outputs, *(path for path in of_models if path.is_file() and not path.is_symlink()))
     return Reset(stage, deleted=deleted, models=models, outputs=outputs if models or deleted else ())
 
 
@@ -237,7 +243,7 @@ def seconds_of(items: Iterable[StoredEvaluation]) -> float:
     return sum(sum(item.seconds.values()) for item in items)
 
 
-def find_waste(config: StudyConfig, store: Store | None) -> Waste:
+def find_waste(config: StudyConfig, store: Store | None, *, of_server: bool = False) -> Waste:
     """What a study no longer needs: in its run folder, in its store and beside that.
 
     - `checkpoints`: those before the last one, where the last one is whole
@@ -245,9 +251,14 @@ def find_waste(config: StudyConfig, store: Store | None) -> Waste:
     - `leftovers`: what processes that have ended left half-written
     - `evaluations`: those in the store that the study, as it was last run, does not ask for; not those of a role
       besides its own, as of a pilot
-    - `backups`: copies of the store from before a migration
-    - `images`: folders of generated images; the pictures of a finished study, which its report shows, are among
-      them, so whoever deletes without a closer look asks for `DISPENSABLE_KINDS`
+    - `backups`: copies of the store from before a migration, unless other studies are in it
+    - `images`: folders of generated images, but for the pictures of the study, which are results
+
+    Args:
+        config: The study.
+        store: Its store; None where there is none.
+        of_server: Also look for evaluations in the store of a server, where run folders on other hosts may ask for
+            what this one does not.
     """
     root = config.run_dir
     in_use = paths_in_use()
@@ -268,12 +279,19 @@ def find_waste(config: StudyConfig, store: Store | None) -> Waste:
                 found += _leftover(path, left, kept)
             elif _BACKUP.search(name):
                 found.append(_doomed("backups", path, "the store before its schema was migrated"))
-            elif name in ("samples", "images") and path.is_dir() and not path.is_symlink():
+            elif name in ("samples", "images") and _is_plain_folder(path) and not (path / PICTURES_NAME).exists():
                 found.append(_doomed("images", path, "generated images"))
     evaluations: tuple[StoredEvaluation, ...] = ()
     if store is not None and (root / FILE_NAME).exists():
         evaluations = unasked(store, StudyRecord.read(config))
-    if "://" not in config.db_url:
+        if evaluations and store.serves_many_hosts and not of_server:
+            kept.append(
+                f"{len(evaluations)} evaluations in {store.location} that this run folder does not ask for: run "
+                "folders on other hosts may. Where none does, give --what evaluations"
+            )
+            evaluations = ()
+    is_shared = store is not None and len(store.studies()) > 1
+    if "://" not in config.db_url and not is_shared:
         place = Path(config.db_url).expanduser()
         if not place.resolve().is_relative_to(root.resolve()) and place.parent.is_dir():
             beside = (path for path in place.parent.iterdir() if path.name.startswith(place.name))

@@ -10,7 +10,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tribute.config import StudyConfig, fingerprint
 from tribute.data.registry import find_source
 from tribute.errors import ConfigError, FitError, StoreError, TributeError
 from tribute.files import sha256_of_file
+from tribute.store.columns import read_columns
 from tribute.store.records import Store, StoredEvaluation
 from tribute.study.findings import Verification, fingerprint_difference
 from tribute.study.layout import dataset_folder, models_dir, pruning_name
@@ -35,7 +37,7 @@ from tribute.study.manifest import (
     settings_of_results,
     short_digest,
 )
-from tribute.study.outputs import attributions_csv
+from tribute.study.outputs import ATTRIBUTION_COLUMNS, attribution_columns, attributions_csv, summary
 from tribute.study.provenance import environment
 from tribute.study.record import StudyRecord
 from tribute.study.results import StudyResult, read_result
@@ -108,8 +110,11 @@ def verify_run(
                 if evaluations is not None:
                     result = _refit(found, config, record, store)
                     if result is not None:
-                        check_fit(found, result)
-                        check_csv(found, result)
+                        # Ranks are simulated, with other draws where linear algebra rounds otherwise.
+                        with_ranks = check_fit(found, result)
+                        check_csv(found, result, with_ranks=with_ranks)
+                        check_parquet(found, result, with_ranks=with_ranks)
+                        check_summary(found, result, with_ranks=with_ranks)
                     if deep:
                         from tribute.study.remeasurement import remeasure
 
@@ -150,8 +155,17 @@ def check_manifest(found: Verification, published_hash: str | None) -> None:
                 f"content gives {follows[:12]}"
             )
     parts = manifest.values["result"]
-    for name in ("attributions", "lds"):
-        if parts.get(name) != fingerprint(manifest.values[name]):
+    codec = manifest.values["codec"]
+    sections = {
+        "data": manifest.values["data"]["fingerprint"],
+        "models": {name: model["model_hash"] for name, model in manifest.values["models"].items()},
+        "codec": None if codec is None else codec.get("fingerprint"),
+        "extractors": {name: item.get("fingerprint") for name, item in manifest.values["extractors"].items()},
+        "attributions": fingerprint(manifest.values["attributions"]),
+        "lds": fingerprint(manifest.values["lds"]),
+    }
+    for name, follows in sections.items():
+        if parts.get(name) != follows:  # else a result_hash that was published would say nothing of the section
             differences.append(f"{FILE_NAME}: the section {name} is not the one that result.{name} was made of")
     found.conclude(differences, f"{FILE_NAME}: both hashes follow from its content")
     if published_hash is not None:
@@ -505,10 +519,11 @@ def _refit(found: Verification, config: StudyConfig, record: StudyRecord, store:
     return None
 
 
-def check_fit(found: Verification, result: StudyResult) -> None:
-    """Attributions and LDS, fitted again from the store, against the recorded ones."""
+def check_fit(found: Verification, result: StudyResult) -> bool:
+    """Attributions and LDS, fitted again from the store, against the recorded ones: are they the same to the bit?"""
     if found.manifest is None:
-        return
+        return False
+    is_identical = True
     tolerance, versions = _tolerance(found.manifest)
     names = list(result.contributor_names)
     for what, recorded, now in (
@@ -516,11 +531,13 @@ def check_fit(found: Verification, result: StudyResult) -> None:
         ("LDS", found.manifest.values["lds"], describe_lds(result)),
     ):
         differences, largest = _compare_fits(what, recorded, now, tolerance, names)
+        is_identical &= not differences and largest == 0
         n_fits = sum(len(kernels) for kernels in recorded.values())
         if not n_fits and not differences:
             continue
         how = "identical to the last bit" if largest == 0 else f"within {largest:.1e} (relative; {tolerance:g} allowed)"
         found.conclude(_some(differences), f"{what}: {n_fits} fits, made again from the store, are {how}{versions}")
+    return is_identical
 
 
 def _tolerance(manifest: Manifest) -> tuple[float, str]:
@@ -586,11 +603,11 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def check_csv(found: Verification, result: StudyResult) -> None:
+def check_csv(found: Verification, result: StudyResult, *, with_ranks: bool) -> None:
     """`attributions.csv`, where it is there, against the fit to the store: also an old one, or one edited by hand."""
     path = found.run_dir / "attributions.csv"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode()
     except FileNotFoundError:
         return
     except (OSError, UnicodeDecodeError) as error:
@@ -600,28 +617,104 @@ def check_csv(found: Verification, result: StudyResult) -> None:
     if text == expected:
         found.agreed.append("attributions.csv holds what is fitted to the store")
         return
-    there, here = _rows(text), _rows(expected)
-    differences = []
-    for key in dict.fromkeys([*there, *here]):
-        a, b = there.get(key), here.get(key)
-        # The file has eight digits.
-        if a is None or b is None or not math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12):
-            behavior, kernel, name = key
-            shown = ["no row" if value is None else f"{value:.8g}" for value in (a, b)]
-            differences.append(
-                f"attributions.csv: {kernel} of {name!r} for {behavior}: the file has {shown[0]}, the store gives "
-                f"{shown[1]}"
-            )
-    found.conclude(_some(differences), "attributions.csv holds the attributions that are fitted to the store")
+    if (other := _compare_cells("attributions.csv", _cells(text), _cells(expected), with_ranks)) is None:
+        found.differences.append("attributions.csv: other columns or rows than the store gives")
+        return
+    found.conclude(_some(other), "attributions.csv holds what is fitted to the store, within its eight digits")
 
 
-def _rows(text: str) -> dict[tuple[str, str, str], float]:
-    """Attribution by behavior, kernel and contributor; NaN where it is no number."""
-    rows: dict[tuple[str, str, str], float] = {}
-    for row in csv.DictReader(io.StringIO(text)):
-        try:
-            value = float(row.get("attribution") or "nan")
-        except ValueError:
-            value = math.nan
-        rows[row.get("behavior") or "", row.get("kernel") or "", row.get("contributor") or ""] = value
+def check_parquet(found: Verification, result: StudyResult, *, with_ranks: bool) -> None:
+    """`attributions.parquet`, where it is there, against the fit to the store."""
+    path = found.run_dir / "attributions.parquet"
+    if not path.is_file():
+        return
+    try:
+        table = read_columns(path)
+    except StoreError as error:
+        found.differences.append(f"attributions.parquet: {error}")
+        return
+    columns = attribution_columns(result)
+    there = [list(table), *(list(row) for row in zip(*table.values(), strict=True))]
+    here = [list(columns), *(list(row) for row in zip(*(values for _, values in columns.values()), strict=True))]
+    if (other := _compare_cells("attributions.parquet", there, here, with_ranks)) is None:
+        found.differences.append("attributions.parquet: other columns or rows than the store gives")
+        return
+    found.conclude(_some(other), "attributions.parquet holds what is fitted to the store")
+
+
+def check_summary(found: Verification, result: StudyResult, *, with_ranks: bool) -> None:
+    """Contributors and behaviors in `summary.json`, where it is there, against the fit to the store."""
+    path = found.run_dir / "summary.json"
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        there = {name: there[name] for name in ("contributors", "behaviors")}
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found.differences.append(f"summary.json cannot be read as the results of a study ({error!r})")
+        return
+    here = summary(result)
+    other = list(_other_values("summary.json", there, {name: here[name] for name in there}, with_ranks=with_ranks))
+    found.conclude(_some(other), "summary.json: contributors and behaviors are those that the store gives")
+
+
+def _other_values(place: str, there: Any, here: Any, *, with_ranks: bool, scale: float = 0.0) -> Iterator[str]:
+    """Where two JSON values differ, each with its place; numbers beside the largest one of their list."""
+    if isinstance(there, dict) and isinstance(here, dict) and there.keys() == here.keys():
+        for name in here:
+            # Texts that hold rounded numbers say nothing that the numbers do not.
+            if name in ("explanation", "separation", "warning", "not_fitted") or (
+                name == "rank_intervals_95" and not with_ranks
+            ):
+                continue
+            yield from _other_values(f"{place}: {name}", there[name], here[name], with_ranks=with_ranks)
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        scale = max([scale, *(abs(item) for item in here if isinstance(item, int | float))])
+        for i, (a, b) in enumerate(zip(there, here, strict=True)):
+            yield from _other_values(f"{place}[{i}]", a, b, with_ranks=with_ranks, scale=scale)
+    elif not _is_same(there, here, scale):
+        yield f"{place}: the file has {_shown(there)}, the store gives {_shown(here)}"
+
+
+def _compare_cells(what: str, there: list[list[Any]], here: list[list[Any]], with_ranks: bool) -> list[str] | None:
+    """Cells that differ between two tables, whose first row names the columns; None where they have other ones."""
+    if len(there) != len(here) or there[0] != here[0] or any(len(row) != len(here[0]) for row in there):
+        return None
+    names = here[0]
+    compared = [i for i, name in enumerate(names) if with_ranks or name not in ("rank_low", "rank_high")]
+    scales = {
+        i: max((abs(row[i]) for row in here[1:] if isinstance(row[i], int | float)), default=0.0) for i in compared
+    }
+    lines = []
+    for a, b in zip(there[1:], here[1:], strict=True):
+        row = dict(zip(names, b, strict=True))
+        title = f"{what}: {row['kernel']} of {row['contributor']!r} for {row['behavior']}"
+        lines += [
+            f"{title}: {names[i]}: the file has {_shown(a[i])}, the store gives {_shown(b[i])}"
+            for i in compared
+            if not _is_same(a[i], b[i], scales[i])
+        ]
+    return lines
+
+
+def _is_same(first: Any, second: Any, scale: float) -> bool:
+    """Whether two values of a file are the same; numbers to the eight digits that a table has."""
+    if isinstance(first, int | float) and isinstance(second, int | float):
+        return first == second or math.isclose(first, second, rel_tol=1e-6, abs_tol=1e-8 * scale)
+    return first == second
+
+
+def _shown(value: Any) -> str:
+    """A value of a file in a sentence."""
+    return f"{value:.8g}" if isinstance(value, float) else repr(value)[:80]
+
+
+def _cells(text: str) -> list[list[Any]]:
+    """Rows of CSV, numbers of all columns but those of text as numbers."""
+    rows: list[list[Any]] = [list(row) for row in csv.reader(io.StringIO(text, newline=""))] or [[]]
+    numbers = [i for i, name in enumerate(rows[0]) if ATTRIBUTION_COLUMNS.get(name, "text") != "text"]
+    for row in rows[1:]:
+        for i in numbers:
+            with suppress(ValueError, IndexError):
+                row[i] = float(row[i])
     return rows
