@@ -59,6 +59,8 @@ def find_run_dir(path: Path) -> Path:
     Raises:
         ConfigError: It is neither.
     """
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist; expected the run folder of a study, or the study's YAML file")
     if path.is_file():
         path = StudyConfig.from_yaml(path).run_dir
     if not (path / CONFIG_NAME).is_file():
