@@ -268,6 +268,7 @@ def test_serial_and_ray_give_the_same_bits(make_study: MakeStudy, workshop: Path
     run_study(serial, SilentListener())
     here, there = read_manifest(serial.run_dir), read_manifest(config.run_dir)
     assert here is not None and there is not None and here.result_hash == there.result_hash
+    assert "pid" not in there.values["measured_on"][0] and "host" not in there.values["measured_on"][0]
 
 
 def raylets_of(pid: int) -> list[int]:

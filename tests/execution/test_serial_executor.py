@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -38,13 +39,15 @@ def executor_of(measure: Measure, **options: Any) -> SerialExecutor:
 class Listener:
     def __init__(self) -> None:
         self.messages: list[str] = []
+        self.texts: list[str] = []
 
     def stage(self, title: str) -> None: ...
 
     def message(self, text: str) -> None:
         self.messages.append(text)
 
-    def progress(self, title: str, n_done: int, n_total: int, text: str) -> None: ...
+    def progress(self, title: str, n_done: int, n_total: int, text: str) -> None:
+        self.texts.append(text)
 
 
 @pytest.fixture
@@ -126,6 +129,33 @@ def test_go_on_ends_the_work_before_the_next_one(store: Store) -> None:
         pause=lambda: pytest.fail("waited for what nobody has in hand"),
     )
     assert store.counts() == {"pending": 3, "running": 0, "finished": 2, "failed": 0}
+
+
+def test_time_left_is_of_what_is_left_and_divided_among_workers(store: Store) -> None:
+    """Nobody's model trains in no time and tells nothing; each of the others takes 60 seconds; the end has no time."""
+
+    class TwoAtATime(SerialExecutor):
+        @property
+        def n_workers(self) -> int:
+            return 2
+
+    def measure(method: str, mask: CoalitionMask, *, opt_seed: int) -> Evaluation:
+        return Evaluation({"size": float(mask.sum())}, {"train": 60.0 if mask.any() else 0.1}, 1, NO_IMAGES)
+
+    study_id = open_study(store)
+    *others, nobody = make_specs(5)  # the last one is measured first
+    specs = [*others, replace(nobody, coalition_mask=np.zeros(5, bool))]
+    assert all(item.coalition_mask.any() for item in others)
+    ids = store.add(study_id, specs)
+    answers = iter([True, True, False, False])
+    first, second = Listener(), Listener()
+    work_through(
+        executor_of(measure), store, study_id, ids, ["size"], first, go_on=lambda: next(answers), pause=lambda: None
+    )
+    assert [text.partition("; ")[2] for text in first.texts] == ["", "about 3 min left"]
+    two_at_a_time = TwoAtATime(cast(Any, measure), definitions={}, provenance={})
+    work_through(two_at_a_time, store, study_id, ids, ["size"], second)
+    assert [text.partition("; ")[2] for text in second.texts] == ["about 60 s left", "about 60 s left", ""]
 
 
 def test_what_another_process_has_in_hand_is_waited_for(store: Store) -> None:

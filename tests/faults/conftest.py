@@ -50,6 +50,7 @@ def make_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
             "fit": {"n_coalitions": 12, "n_end_points": 1, "first_removal_seed": 300},
             "test": {"n_coalitions": 0},
             "ckpt_freq": 2,
+            "pictures": {"n_images": 0},  # which measures further coalitions
             "n_threads": 1,
         }
         return StudyConfig.parse(values | changes, where="test")

@@ -17,7 +17,7 @@ from tribute.data.decoding import ImageRule
 from tribute.data.image_workers import Encoded, process_images
 from tribute.errors import DataError
 
-N_IMAGES = 60
+N_IMAGES = 240  # of which some are still to be sent when the first batch has come back
 
 
 def encoded() -> list[Encoded]:

@@ -100,40 +100,38 @@ def test_a_training_that_diverges_stops_and_saves_nothing_of_it(
     assert [path.name for path in list_checkpoints(tmp_path)] == ["ckpt_steps_00000001"]
 
 
-@pytest.mark.parametrize("fault", ["loss", "behavior"])
-def test_a_coalition_that_fails_is_set_aside_and_the_rest_goes_on(
-    make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
+def test_coalitions_that_fail_are_set_aside_and_the_rest_goes_on(
+    make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """In one coalition the loss is not finite, in another one a behavior."""
     config = make_study(fit={"n_coalitions": 24, "n_end_points": 1, "first_removal_seed": 300})
     whole = run_study(make_study(name="whole", fit=config.fit.model_dump()), Listener())
     assert whole is not None
-    bad = fit_specs(make_study(name="whole"))[4]
+    diverging, spoiled = (fit_specs(make_study(name="whole"))[i].coalition_mask for i in (4, 9))
     with monkeypatch.context() as patch:
-        n_tries: list[Any] = []
-        if fault == "loss":
-            everyone = run_owners()
-            rows = np.flatnonzero(bad.coalition_mask[everyone])
-            n_tries = diverge(patch, lambda example_idx: np.array_equal(example_idx, rows))
-        else:
-            spoil(patch, lambda _, mask: bool(np.array_equal(mask, bad.coalition_mask)) and not n_tries.append(1))
+        rows = np.flatnonzero(diverging[run_owners()])
+        n_diverged = diverge(patch, lambda example_idx: np.array_equal(example_idx, rows))
+        n_spoiled: list[Any] = []
+        spoil(patch, lambda _, mask: bool(np.array_equal(mask, spoiled)) and not n_spoiled.append(1))
         listener = Listener()
         with caplog.at_level(logging.WARNING):
             result = run_study(config, listener)
-    assert result is not None and len(n_tries) == 3
+    assert result is not None and len(n_diverged) == len(n_spoiled) == 3
     failed = [item for item in stored(config) if item.status == "failed"]
-    assert len(failed) == 1 and failed[0].attempts == 3
-    np.testing.assert_array_equal(failed[0].spec.coalition_mask, bad.coalition_mask)
-    reason = {"loss": "training diverged", "behavior": "'fault_behaviors:brightness'.*must be a finite number"}[fault]
-    assert failed[0].error is not None
-    assert re.search(reason, failed[0].error)
-    assert [item.status for item in stored(config) if item.spec.role != "picture"].count("finished") == 25
-    assert any("1 evaluations failed and are set aside" in text for text in listener.messages)
+    assert [item.attempts for item in failed] == [3, 3]
+    reasons = ("training diverged", "'fault_behaviors:brightness'.*must be a finite number")
+    for item, mask, reason in zip(failed, (diverging, spoiled), reasons, strict=True):
+        np.testing.assert_array_equal(item.spec.coalition_mask, mask)
+        assert item.error is not None
+        assert re.search(reason, item.error)
+    assert [item.status for item in stored(config)].count("finished") == 24
+    assert any("2 evaluations failed and are set aside" in text for text in listener.messages)
     fitted = result.behaviors[0].attributions["shapley"]
-    assert np.isfinite(fitted.values).all() and fitted.n_coalitions == 23
-    assert result.set_aside == {"fit": 1}
-    assert summary(result)["evaluations"]["fit"]["failed"] == 1
+    assert np.isfinite(fitted.values).all() and fitted.n_coalitions == 22
+    assert result.set_aside == {"fit": 2}
+    assert summary(result)["evaluations"]["fit"]["failed"] == 2
     write_outputs(result)
-    again = run_study(config, Listener())  # it is tried again when the study is run again
+    again = run_study(config, Listener())  # they are tried again when the study is run again
     assert again is not None and again.set_aside == {}
     assert again.behaviors[0].attributions["shapley"].n_coalitions == 24
     np.testing.assert_array_equal(

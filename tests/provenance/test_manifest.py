@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from tribute.store.records import EvaluationSpec, FinishedEvaluation, Store, Stu
 from tribute.study.manifest import (
     FILE_NAME,
     Ingredients,
+    describe_machines,
     describe_store,
     digest_of_behaviors,
     find_evaluations,
@@ -116,6 +118,12 @@ def test_it_names_no_folder_and_no_user_of_the_machine(finished: Path, workshop:
     for private in (str(workshop), str(Path.home()) + "/", "tiny.yaml", platform.node()):
         assert private not in text, private
     assert str(workshop) in (finished / "config.yaml").read_text(), "it is there to be left out"
+
+
+def test_workers_of_ray_are_one_kind_of_process_without_a_host() -> None:
+    measured = {"device": "a processor", "executor": "ray", "n_steps": 3}
+    found = [SimpleNamespace(provenance={**measured, "host": "node7.lab", "pid": pid}) for pid in (11, 12)]
+    assert describe_machines(found) == [{"device": "a processor", "executor": "ray"}]  # type: ignore[arg-type]
 
 
 def test_places_are_cut_to_their_last_part() -> None:

@@ -394,8 +394,21 @@ def test_a_store_that_is_gone_is_a_difference_and_one_elsewhere_can_be_named(run
     moved = tmp_path / "other.db"
     (run_dir / "results.db").rename(moved)
     (found,) = differences(run_dir)
-    assert found.startswith("store: A store is a SQLite file")
+    assert found.startswith("store: ") and "results.db is not there" in found
     assert differences(run_dir, db=str(moved)) == []
+
+
+def test_what_is_verified_is_not_changed(run_dir: Path, sql: Sql) -> None:
+    """Not even brought up to date: it may be what a dispute is about."""
+    before = (run_dir / "results.db").read_bytes()
+    assert differences(run_dir) == []
+    assert (run_dir / "results.db").read_bytes() == before
+    sql("UPDATE tribute_schema SET version = 1")
+    before = (run_dir / "results.db").read_bytes()
+    (found,) = differences(run_dir)
+    assert "has an older schema" in found
+    assert (run_dir / "results.db").read_bytes() == before
+    assert not list(run_dir.glob("*.bak"))
 
 
 def test_what_is_not_on_this_machine_is_told_and_is_no_difference(

@@ -23,7 +23,7 @@ from tribute.study.run import run_study
 MakeStudy = Callable[..., StudyConfig]
 
 STUDY: dict[str, Any] = {
-    "fit": {"n_coalitions": 24, "n_end_points": 1, "first_removal_seed": 300},
+    "fit": {"n_coalitions": 14, "n_end_points": 1, "first_removal_seed": 300},
     "test": {"n_coalitions": 4, "opt_seeds": [1, 2]},
     "pilot": {"n_coalitions": 5},
 }
@@ -59,7 +59,7 @@ def test_a_study_with_a_pilot_gives_what_it_gives_without(make_study: MakeStudy)
     scores = [item.behaviors[0].validations["shapley"].score for item in (plain, result)]
     assert scores[0].per_seed.tolist() == scores[1].per_seed.tolist()
     assert any("pilot" in text and "warning" in text for text in listener.messages) != found.passed
-    assert listener.n_evaluations == 2 + 24 + 8 - 5  # what the pilot measured is not measured again
+    assert listener.n_evaluations == 2 + 14 + 8 - 5  # what the pilot measured is not measured again
     assert {item.attempts for item in stored(config)} == {1}
     larger = make_study(**STUDY | {"test": {"n_coalitions": 6, "opt_seeds": [1, 2, 3]}})
     again = SilentListener()

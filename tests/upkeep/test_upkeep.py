@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from paper_study import PaperStudy, files_below, write_checkpoint, write_study
 
 from tribute.cli import main
+from tribute.cli.arguments import read_study
 from tribute.cli.console import confirm
 from tribute.errors import ConfigError, StoreError
 from tribute.store.records import Store
@@ -163,8 +165,29 @@ def test_a_run_in_progress_is_not_disturbed(study: PaperStudy, capsys: pytest.Ca
     with RunLock(study.config.run_dir) as lock:
         lock.acquire()
         for command in (["reset", str(study.path), "--stage", "test", "--yes"], ["gc", str(study.path), "--yes"]):
-            assert "in use by process" in failing(capsys, *command)
+            message = failing(capsys, *command)
+            assert "in use by process" in message
+            assert "--wait" not in message  # which these commands do not have
     assert study.by_status() == WHOLE
+
+
+def test_a_run_folder_stands_for_its_study_and_other_settings_are_refused(
+    study: PaperStudy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = study.config.run_dir
+    (run_dir / "config.yaml").write_text(study.config.to_yaml())
+    assert read_study(run_dir, None) == study.config
+    main("status", [str(study.path), "--format", "json"])
+    by_file = json.loads(capsys.readouterr().out)
+    main("status", [str(run_dir), "--format", "json"])
+    assert {**json.loads(capsys.readouterr().out), "at": 0} == {**by_file, "at": 0}
+    assert "leave --outdir out" in failing(capsys, "status", str(run_dir), "--outdir", "elsewhere")
+    other = study.path.with_name("other.yaml")
+    changes = {"gd": study.config.gd.replace(n_steps=7), "max_device_hours": 1.0}  # the second may change
+    other.write_text(study.config.replace(**changes).to_yaml())
+    for command in ("status", "report", "retry", "gc"):
+        message = failing(capsys, command, str(other))
+        assert "gd.n_steps: saved" in message and "max_device_hours" not in message
 
 
 def test_a_coalition_that_is_being_measured_keeps_everything(

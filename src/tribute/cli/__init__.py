@@ -20,8 +20,8 @@ COMMANDS = {
     "lds": "fit attributions to a store and prove them on retrained models (lds.py)",
     "report": "one HTML page: credit, how sure it is, its proof, cost, payout",
     "verify": "compare a run with its manifest: hashes, attributions, LDS, measurements",
-    "export": "write a store as JSONL in the published layout or as CSV, or a model as a diffusers folder",
-    "import": "read JSONL of the published layout into a store",
+    "export": "write a store as JSON lines, CSV or Parquet (a backup), or a model as a diffusers folder",
+    "import": "read JSON lines of the published layout, or a Parquet backup, into a store",
 }
 
 _SCRIPTS = {"train": "main.py", "prune": "prune.py", "unlearn": "unlearn.py", "lds": "lds.py"}

@@ -16,6 +16,7 @@ from tribute.config import (
     FeatureConfig,
     Preset,
     RuntimeConfig,
+    StudyConfig,
     default_preset,
     load_preset,
     preset_names,
@@ -275,6 +276,36 @@ def parse(arguments_class: type[ArgumentsT], argv: Sequence[str], *, prog: str, 
         use_underscores=True,
         config=(tyro.conf.HelptextFromCommentsOff,),
     )
+
+
+def read_study(path: Path, outdir: Path | None, *, compare: bool = True, **changes: Any) -> StudyConfig:
+    """The study of a YAML file or of a run folder, with what flags change; flags that are None change nothing.
+
+    Args:
+        path: The file or the folder.
+        outdir: Folder of run folders; None: the study's.
+        compare: Refuse settings that are not those in the run folder, of which the command is about to speak.
+        changes: Other settings by name.
+
+    Raises:
+        ConfigError: It is neither, or a flag does not suit.
+        MixedResultsError: The run folder has results of other settings.
+    """
+    if path.is_dir():
+        if outdir is not None:
+            raise ConfigError(f"--outdir: {path} is a run folder already; leave --outdir out")
+        from tribute.study.upkeep import study_of_run_dir
+
+        config = study_of_run_dir(path)
+    else:
+        config = StudyConfig.from_yaml(path)
+    changes = {name: value for name, value in {"outdir": outdir, **changes}.items() if value is not None}
+    config = config.replace(**changes) if changes else config
+    if compare:
+        from tribute.study.run_folder import check_same_study
+
+        check_same_study(config)
+    return config
 
 
 def print_settings(settings: dict[str, Any]) -> None:

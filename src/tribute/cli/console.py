@@ -48,7 +48,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     table = Table()
     for i, name in enumerate(columns):
         table.add_column(
-            escape(printable(name)), justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="ellipsis"
+            escape(printable(name)),
+            justify="left" if i == 0 else "right",
+            no_wrap=i > 0,
+            overflow="ellipsis" if i else "fold",  # a name or a path that is cut off may be any of several
         )
     for row in rows:
         table.add_row(*(escape(printable(cell)) for cell in row))

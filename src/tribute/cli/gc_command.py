@@ -11,14 +11,13 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field
 
-from tribute.cli.arguments import Arguments, parse
+from tribute.cli.arguments import Arguments, parse, read_study
 from tribute.cli.console import confirm, print_line, print_table, size_text
-from tribute.config import StudyConfig
 from tribute.data.sources import default_cache_dir
 from tribute.errors import ConfigError
 from tribute.store.records import Store
 from tribute.study.listener import duration_text
-from tribute.study.run_folder import RunLock
+from tribute.study.run_folder import WAIT_OR_STOP_IT, RunLock
 from tribute.study.upkeep import (
     KINDS,
     Waste,
@@ -27,7 +26,6 @@ from tribute.study.upkeep import (
     find_cache_waste,
     find_waste,
     only,
-    study_of_run_dir,
 )
 
 
@@ -35,7 +33,7 @@ class GcArguments(Arguments):
     """Flags of `tribute gc`."""
 
     study: Annotated[Path | None, tyro.conf.Positional] = Field(
-        default=None, description="A study's settings, a YAML file, or its run folder."
+        default=None, description="The study's settings, a YAML file, or its run folder."
     )
     outdir: Path | None = Field(default=None, description="Folder of run folders; None: the study's.")
     cache: bool = Field(default=False, description="Look through the cache ($TRIBUTE_CACHE) instead of a study.")
@@ -50,17 +48,18 @@ def run(argv: Sequence[str], prog: str) -> None:
     """Parse the flags, list what may go, ask, delete."""
     arguments = parse(GcArguments, argv, prog=prog, description="Delete what is no longer needed.")
     if arguments.cache == (arguments.study is not None):
-        raise ConfigError("expected a study (STUDY.yaml, or its run folder) or --cache; found both or neither")
+        found = "both" if arguments.cache else "neither"
+        raise ConfigError(f"expected a study (STUDY.yaml, or its run folder) or --cache; found {found}")
     with ExitStack() as stack:
         store: Store | None = None
         if arguments.study is None:
             place = default_cache_dir()
             waste = find_cache_waste(place)
         else:
-            config = study_of(arguments.study, arguments.outdir)
+            config = read_study(arguments.study, arguments.outdir)
             place = config.run_dir
             if place.is_dir() and not arguments.dry_run:
-                stack.enter_context(RunLock(place)).acquire()
+                stack.enter_context(RunLock(place, remedy=WAIT_OR_STOP_IT)).acquire()
             store = existing_store(config)
             if store is not None:
                 stack.enter_context(store)
@@ -79,16 +78,6 @@ def run(argv: Sequence[str], prog: str) -> None:
             print_line(f"done; {size_text(waste.n_bytes)} are free")
         else:
             print_line("nothing was deleted")
-
-
-def study_of(path: Path, outdir: Path | None) -> StudyConfig:
-    """The study of a YAML file or of a run folder."""
-    if path.is_dir():
-        if outdir is not None:
-            raise ConfigError(f"--outdir: {path} is a run folder already; leave --outdir out")
-        return study_of_run_dir(path)
-    config = StudyConfig.from_yaml(path)
-    return config if outdir is None else config.replace(outdir=outdir)
 
 
 def print_waste(waste: Waste) -> None:

@@ -9,9 +9,8 @@ from typing import Annotated
 import tyro
 from pydantic import Field
 
-from tribute.cli.arguments import RuntimeArguments, parse
+from tribute.cli.arguments import RuntimeArguments, parse, read_study
 from tribute.cli.console import StudyReport, print_line, print_table
-from tribute.config import StudyConfig
 from tribute.errors import StoppedEarly
 from tribute.study.pilot_record import FILE_NAME, TITLES, PilotBehavior, PilotResult
 
@@ -19,7 +18,9 @@ from tribute.study.pilot_record import FILE_NAME, TITLES, PilotBehavior, PilotRe
 class PilotArguments(RuntimeArguments):
     """Flags of `tribute pilot`."""
 
-    study: Annotated[Path, tyro.conf.Positional] = Field(description="The study's settings, a YAML file.")
+    study: Annotated[Path, tyro.conf.Positional] = Field(
+        description="The study's settings, a YAML file, or its run folder."
+    )
     outdir: Path | None = Field(default=None, description="Folder of run folders; None: the study's.")
     n_threads: int | None = Field(default=None, gt=0, description="CPU threads; None: the study's.")
     n_coalitions: int | None = Field(
@@ -36,12 +37,9 @@ def run(argv: Sequence[str], prog: str) -> None:
     arguments = parse(
         PilotArguments, argv, prog=prog, description="Do quick fine-tuning and retraining agree on a few coalitions?"
     )
-    config = StudyConfig.from_yaml(arguments.study)
-    changes = {name: getattr(arguments, name) for name in ("outdir", "n_threads", "max_device_hours")}
-    config = config.replace(
-        runtime=arguments.runtime(config.runtime),
-        **{name: value for name, value in changes.items() if value is not None},
-    )
+    changes = {name: getattr(arguments, name) for name in ("n_threads", "max_device_hours")}
+    config = read_study(arguments.study, arguments.outdir, compare=False, **changes)
+    config = config.replace(runtime=arguments.runtime(config.runtime))
     from tribute.study.pilot import run_pilot, with_coalitions
 
     report = StudyReport()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from pydantic import Field
 
-from tribute.cli.arguments import Arguments, parse
+from tribute.cli.arguments import Arguments, parse, read_study
 from tribute.cli.console import print_line, print_table
 from tribute.config import StudyConfig
 from tribute.errors import ConfigError, StoreError
@@ -39,7 +39,9 @@ TITLES = {
 class PlanArguments(Arguments):
     """Flags of `tribute plan`."""
 
-    study: Annotated[Path, tyro.conf.Positional] = Field(description="The study's settings, a YAML file.")
+    study: Annotated[Path, tyro.conf.Positional] = Field(
+        description="The study's settings, a YAML file, or its run folder."
+    )
     outdir: Path | None = Field(default=None, description="Folder of run folders; None: the study's.")
     device: str | None = Field(default=None, description="cpu or cuda; None: a GPU if there is one.")
     n_threads: int | None = Field(default=None, gt=0, description="CPU threads; None: the study's.")
@@ -51,9 +53,7 @@ def run(argv: Sequence[str], prog: str) -> None:
     """Parse the flags, measure, print the plan."""
     started = time.perf_counter()
     arguments = parse(PlanArguments, argv, prog=prog, description="Say what a study will cost, before it starts.")
-    config = StudyConfig.from_yaml(arguments.study)
-    changes = {name: getattr(arguments, name) for name in ("outdir", "n_threads")}
-    config = config.replace(**{name: value for name, value in changes.items() if value is not None})
+    config = read_study(arguments.study, arguments.outdir, n_threads=arguments.n_threads)
     if not arguments.workers or min(arguments.workers) < 1:
         raise ConfigError(f"--workers: expected numbers of at least 1, found {list(arguments.workers)}")
     from tribute.study.planning import make_plan  # PyTorch: its import is part of what a process takes to set up

@@ -9,9 +9,8 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field
 
-from tribute.cli.arguments import Arguments, parse
+from tribute.cli.arguments import Arguments, parse, read_study
 from tribute.cli.console import print_line
-from tribute.config import StudyConfig
 from tribute.errors import ConfigError, StoreError
 from tribute.files import write_whole
 
@@ -23,7 +22,9 @@ PAYOUT_NAME = "payout.csv"
 class ReportArguments(Arguments):
     """Flags of `tribute report`."""
 
-    study: Annotated[Path, tyro.conf.Positional] = Field(description="The study's settings, a YAML file.")
+    study: Annotated[Path, tyro.conf.Positional] = Field(
+        description="The study's settings, a YAML file, or its run folder."
+    )
     outdir: Path | None = Field(default=None, description="Folder of run folders; None: the study's.")
     behavior: tuple[str, ...] = Field(default=(), description="Only these behaviors; by default all of the study.")
     out: Path | None = Field(default=None, description="File to write; None: report.html in the run folder.")
@@ -43,9 +44,7 @@ def run(argv: Sequence[str], prog: str) -> None:
     from tribute.store.records import Store
     from tribute.study.record import StudyRecord
 
-    config = StudyConfig.from_yaml(arguments.study)
-    if arguments.outdir is not None:
-        config = config.replace(outdir=arguments.outdir)
+    config = read_study(arguments.study, arguments.outdir)
     payout = None
     if arguments.budget is not None:
         payout = PayoutRequest(arguments.budget, arguments.currency or "EUR", arguments.negative or "zero")

@@ -10,18 +10,19 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field
 
-from tribute.cli.arguments import Arguments, parse
+from tribute.cli.arguments import Arguments, parse, read_study
 from tribute.cli.console import confirm, print_line, print_table, size_text
-from tribute.config import StudyConfig
 from tribute.study.listener import duration_text
-from tribute.study.run_folder import RunLock
+from tribute.study.run_folder import WAIT_OR_STOP_IT, RunLock
 from tribute.study.upkeep import Reset, apply_reset, existing_store, plan_reset, size_of
 
 
 class ResetArguments(Arguments):
     """Flags of `tribute reset`."""
 
-    study: Annotated[Path, tyro.conf.Positional] = Field(description="The study's settings, a YAML file.")
+    study: Annotated[Path, tyro.conf.Positional] = Field(
+        description="The study's settings, a YAML file, or its run folder."
+    )
     stage: Literal[
         "full_model", "pruned_model", "sparse_model", "coalitions", "empty", "grand", "fit", "loo", "test"
     ] = Field(description="A model, with those made from it; all coalitions, or those of a role.")
@@ -33,13 +34,11 @@ class ResetArguments(Arguments):
 def run(argv: Sequence[str], prog: str) -> None:
     """Parse the flags, list what goes, ask, do it."""
     arguments = parse(ResetArguments, argv, prog=prog, description="Throw away the results of a stage.")
-    config = StudyConfig.from_yaml(arguments.study)
-    if arguments.outdir is not None:
-        config = config.replace(outdir=arguments.outdir)
+    config = read_study(arguments.study, arguments.outdir)
     with ExitStack() as stack:
         if config.run_dir.is_dir() and not arguments.dry_run:
             # From the list to the deed, so that what was listed is what goes.
-            stack.enter_context(RunLock(config.run_dir)).acquire()
+            stack.enter_context(RunLock(config.run_dir, remedy=WAIT_OR_STOP_IT)).acquire()
         store = existing_store(config)
         if store is not None:
             stack.enter_context(store)

@@ -10,9 +10,8 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field
 
-from tribute.cli.arguments import Arguments, parse
+from tribute.cli.arguments import Arguments, parse, read_study
 from tribute.cli.console import print_line
-from tribute.config import StudyConfig
 from tribute.errors import StoreError
 from tribute.study.record import StudyRecord
 from tribute.study.upkeep import existing_store
@@ -23,7 +22,9 @@ MAX_SHOWN = 20
 class RetryArguments(Arguments):
     """Flags of `tribute retry`."""
 
-    study: Annotated[Path, tyro.conf.Positional] = Field(description="The study's settings, a YAML file.")
+    study: Annotated[Path, tyro.conf.Positional] = Field(
+        description="The study's settings, a YAML file, or its run folder."
+    )
     outdir: Path | None = Field(default=None, description="Folder of run folders; None: the study's.")
     role: tuple[Literal["empty", "grand", "fit", "loo", "test"], ...] = Field(
         default=(), description="Only evaluations of these roles; none: of all."
@@ -33,9 +34,7 @@ class RetryArguments(Arguments):
 def run(argv: Sequence[str], prog: str) -> None:
     """Parse the flags, say what failed and why, and make it pending."""
     arguments = parse(RetryArguments, argv, prog=prog, description="Make failed evaluations claimable again.")
-    config = StudyConfig.from_yaml(arguments.study)
-    if arguments.outdir is not None:
-        config = config.replace(outdir=arguments.outdir)
+    config = read_study(arguments.study, arguments.outdir)
     record = StudyRecord.read(config)
     store = existing_store(config)
     if store is None:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field
 
-from tribute.cli.arguments import RuntimeArguments, parse, print_settings
+from tribute.cli.arguments import RuntimeArguments, parse, print_settings, read_study
 from tribute.cli.console import StudyReport, print_line, print_table
 from tribute.cli.lds_command import print_attributions, print_comparisons
 from tribute.config import MixedPrecision, StudyConfig
@@ -24,7 +24,9 @@ from tribute.study.session import study_preset
 class RunArguments(RuntimeArguments):
     """Flags of `tribute run`."""
 
-    study: Annotated[Path, tyro.conf.Positional] = Field(description="The study's settings, a YAML file.")
+    study: Annotated[Path, tyro.conf.Positional] = Field(
+        description="The study's settings, a YAML file, or its run folder."
+    )
     outdir: Path | None = Field(default=None, description="Folder of run folders; None: the study's.")
     n_threads: int | None = Field(default=None, gt=0, description="CPU threads; None: the study's.")
     until_interval: float | None = Field(
@@ -57,15 +59,10 @@ class RunArguments(RuntimeArguments):
 def run(argv: Sequence[str], prog: str) -> None:
     """Parse the flags, run the study, print tables, write files."""
     arguments = parse(RunArguments, argv, prog=prog, description="Run a whole study.")
-    config = StudyConfig.from_yaml(arguments.study)
-    changes = {
-        name: getattr(arguments, name) for name in ("outdir", "n_threads", "max_device_hours", "mixed_precision")
-    }
-    changes |= {
-        "use_8bit_optimizer": arguments.use_8bit_optimizer or None,
-        "runtime": arguments.runtime(config.runtime),
-    }
-    config = config.replace(**{name: value for name, value in changes.items() if value is not None})
+    changes = {name: getattr(arguments, name) for name in ("n_threads", "max_device_hours", "mixed_precision")}
+    changes["use_8bit_optimizer"] = arguments.use_8bit_optimizer or None
+    config = read_study(arguments.study, arguments.outdir, compare=False, **changes)
+    config = config.replace(runtime=arguments.runtime(config.runtime))
     execution = {name: getattr(arguments, name) for name in ("executor", "workers", "gpus_per_worker", "address")}
     execution = {name: value for name, value in execution.items() if value is not None}
     config = config.replace(execution=config.execution.replace(**execution))

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field
 
-from tribute.cli.arguments import Arguments, parse
+from tribute.cli.arguments import Arguments, parse, read_study
 from tribute.cli.console import console, print_line, print_table
 from tribute.cli.lds_command import print_attributions
 from tribute.config import StudyConfig
@@ -38,7 +38,9 @@ _SPENT = {"models": "full and sparse model", "gd": "sparsified fine-tuning", "re
 class StatusArguments(Arguments):
     """Flags of `tribute status`."""
 
-    study: Annotated[Path, tyro.conf.Positional] = Field(description="The study's settings, a YAML file.")
+    study: Annotated[Path, tyro.conf.Positional] = Field(
+        description="The study's settings, a YAML file, or its run folder."
+    )
     outdir: Path | None = Field(default=None, description="Folder of run folders; None: the study's.")
     watch: bool = Field(default=False, description="Look again and again until the study is complete, or Ctrl-C.")
     interval: float = Field(default=10.0, gt=0, description="Seconds between two looks of --watch.")
@@ -50,9 +52,7 @@ class StatusArguments(Arguments):
 def run(argv: Sequence[str], prog: str) -> None:
     """Parse the flags, look, print."""
     arguments = parse(StatusArguments, argv, prog=prog, description="Where a study stands.")
-    config = StudyConfig.from_yaml(arguments.study)
-    if arguments.outdir is not None:
-        config = config.replace(outdir=arguments.outdir)
+    config = read_study(arguments.study, arguments.outdir)
     if not arguments.watch:
         show(read_status(config), arguments.format)
         return

@@ -58,6 +58,6 @@ def read_columns(path: Path) -> dict[str, list[Any]]:
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(path, partitioning=None).to_pydict()
+        return pq.read_table(pa.BufferReader(path.read_bytes())).to_pydict()
     except (OSError, pa.ArrowException) as error:
         raise StoreError(f"{path} cannot be read as a table ({error})") from error

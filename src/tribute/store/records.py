@@ -1002,8 +1002,10 @@ class Store:
             MixedResultsError: The evaluations are of several studies, or measured by different definitions.
         """
         where = self._where(study_id, {**filters, "statuses": ["finished"]})
+        # Few of the columns: those that hold JSON take longer to decode than to fetch.
+        names = ("id", "study_id", "removal_seed", "opt_seed", "coalition", "seconds", "settings")
         query = (
-            select(evaluation, behavior.c.value, behavior.c.definition)
+            select(*(evaluation.c[name] for name in names), behavior.c.value, behavior.c.definition)
             .join(behavior, evaluation.c.id == behavior.c.evaluation_id)
             .where(behavior.c.name == behavior_name, *where)
         )

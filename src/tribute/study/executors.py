@@ -42,6 +42,11 @@ def always() -> bool:
 class Executor(Protocol):
     """Measures evaluations until none is left; set up once, it serves every call of `run`."""
 
+    @property
+    def n_workers(self) -> int:
+        """How many evaluations it measures at a time."""
+        ...
+
     def run(
         self,
         store: Store,
@@ -267,6 +272,11 @@ class SerialExecutor:
         self.provenance = provenance
         self.max_attempts = max_attempts
         self.stall_seconds = stall_seconds
+
+    @property
+    def n_workers(self) -> int:
+        """One at a time."""
+        return 1
 
     def close(self) -> None:
         """There is nothing to let go of."""

@@ -36,6 +36,7 @@ OUTPUT_NAMES = (
 manifest's own hash, so it cannot be in the manifest."""
 _SAMPLES = "samples"
 
+_OF_ONE_PROCESS = ("n_steps", "host", "pid")
 _SHORT = 16  # hexadecimal digits that tell evaluations apart; what is to be trusted is the digest of them all
 _NOT_PART_OF_RESULTS = {
     # Where things are, and what they are called: their content is hashed.
@@ -445,10 +446,13 @@ def describe_seeds(config: StudyConfig, ingredients: Ingredients, found: Sequenc
 
 
 def describe_machines(found: Sequence[StoredEvaluation]) -> list[dict[str, Any]]:
-    """Every kind of process that measured an evaluation: versions, commit, device, threads; each once."""
+    """Every kind of process that measured an evaluation: versions, commit, device, threads; each once.
+
+    Not which process on which host, as workers of Ray record it.
+    """
     kinds: dict[str, dict[str, Any]] = {}
     for item in found:
-        kind = without_floats({name: value for name, value in item.provenance.items() if name != "n_steps"})
+        kind = without_floats({name: value for name, value in item.provenance.items() if name not in _OF_ONE_PROCESS})
         if kind:
             kinds[fingerprint(kind)] = kind
     return [kinds[name] for name in sorted(kinds)]

@@ -212,6 +212,11 @@ class RayExecutor:
 
     # The interface of executors
 
+    @property
+    def n_workers(self) -> int:
+        """As many at a time as the settings ask for."""
+        return self.execution.workers
+
     def run(
         self,
         store: Store,

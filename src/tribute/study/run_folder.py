@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 LOCK_NAME = "run.lock"
 OWNER_NAME = "run.owner.json"
 
+WAIT_OR_STOP_IT = "Wait until it has ended, or stop it with Ctrl-C or SIGTERM: tribute run goes on from there later"
+"""What to do for commands that change what is there and do not wait themselves."""
+
 _MAY_CHANGE = {
     "outdir",
     "codec",
@@ -55,8 +58,12 @@ _MAY_CHANGE = {
 """Settings under which a study can be continued: they add evaluations, or change how results are computed or read."""
 
 
-def claim_run_dir(config: StudyConfig) -> None:
-    """Write the resolved settings into the run folder, or compare them with those that are there."""
+def check_same_study(config: StudyConfig) -> None:
+    """Compare settings with those in the run folder, where it has any.
+
+    Raises:
+        MixedResultsError: They are of another study.
+    """
     path = config.run_dir / "config.yaml"
     if path.exists():
         saved = _flat(StudyConfig.from_yaml(path).model_dump(mode="json"))
@@ -68,8 +75,13 @@ def claim_run_dir(config: StudyConfig) -> None:
                 f"{config.run_dir} holds a study with other settings: {lines}. "
                 "Restore them, or give the study another name to start afresh"
             )
+
+
+def claim_run_dir(config: StudyConfig) -> None:
+    """Write the resolved settings into the run folder, or compare them with those that are there."""
+    check_same_study(config)
     try:
-        write_whole(path, config.to_yaml())
+        write_whole(config.run_dir / "config.yaml", config.to_yaml())
     except OSError as error:
         raise _not_writable(config.run_dir, error) from error
 
@@ -83,12 +95,24 @@ class RunLock:
         run_dir: The run folder; made when the lock is taken.
         wait: Wait for another process instead of refusing.
         on_wait: Called once, with what is waited for.
+        remedy: What the refused caller may do, the end of the message.
     """
 
-    def __init__(self, run_dir: Path, *, wait: bool = False, on_wait: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        wait: bool = False,
+        on_wait: Callable[[str], None] | None = None,
+        remedy: str = (
+            "Wait until it has ended, or give --wait; to share the measuring among processes, use workers "
+            "(docs/clusters.md)"
+        ),
+    ) -> None:
         self.run_dir = run_dir
         self.wait = wait
         self.on_wait = on_wait
+        self.remedy = remedy
         self._lock: FileLock | None = None
 
     def __enter__(self) -> RunLock:
@@ -116,8 +140,7 @@ class RunLock:
                 holder = f"{self.run_dir} is in use by {self.owner()}"
                 if not self.wait:
                     raise StoreError(
-                        f"{holder}, and one process at a time may write into a run folder. Wait until it has ended, "
-                        "or give --wait; to share the measuring among processes, use workers (docs/clusters.md)"
+                        f"{holder}, and one process at a time may write into a run folder. {self.remedy}"
                     ) from None
                 if self.on_wait is not None:
                     self.on_wait(f"{holder}; waiting until it lets go")

@@ -523,7 +523,9 @@ def study_of_run_dir(run_dir: Path) -> StudyConfig:
     if not path.is_file():
         raise ConfigError(f"{run_dir} is no run folder of a study: expected a config.yaml in it. Give STUDY.yaml")
     run_dir = run_dir.resolve()
-    config = StudyConfig.from_yaml(path).replace(outdir=run_dir.parent)
+    config = StudyConfig.from_yaml(path)
+    if config.run_dir.resolve() != run_dir:  # where it is the same, its settings stay as they are, to the letter
+        config = config.replace(outdir=run_dir.parent)
     if config.name != run_dir.name:
         raise ConfigError(
             f"{run_dir}: expected a folder named like its study, {config.name!r}, as its store is looked for there. "

@@ -11,7 +11,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from tribute.study.outputs import ATTRIBUTION_COLUMNS, attribution_columns, attr
 from tribute.study.provenance import environment
 from tribute.study.record import StudyRecord
 from tribute.study.results import StudyResult, read_result
+from tribute.study.status import open_to_read
 
 SAME_VERSIONS_TOLERANCE = 1e-9
 """Of a number fitted again, relative to the largest of its kind, where NumPy, SciPy and Tribute are those of the run:
@@ -58,6 +59,8 @@ def find_run_dir(path: Path) -> Path:
     Raises:
         ConfigError: It is neither.
     """
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist; expected the run folder of a study, or the study's YAML file")
     if path.is_file():
         path = StudyConfig.from_yaml(path).run_dir
     if not (path / CONFIG_NAME).is_file():
@@ -101,9 +104,9 @@ def verify_run(
     if record is not None:
         _check_record(found, record)
         check_data(found, config, record, deep=deep)
-        with_store = _open_store(found, config, run_dir, db)
-        if with_store is not None:
-            with with_store as store:
+        with ExitStack() as stack:
+            store = _open_store(found, config, run_dir, db, stack)
+            if store is not None:
                 evaluations = _evaluations_of(found, record, store, models.get("sparse"))
                 if evaluations is not None:
                     result = _refit(found, config, record, store)
@@ -391,11 +394,13 @@ def _check_record(found: Verification, record: StudyRecord) -> None:
 # Store
 
 
-def _open_store(found: Verification, config: StudyConfig, run_dir: Path, db: str | None) -> Store | None:
-    """The store of the run; None where it cannot be opened."""
+def _open_store(
+    found: Verification, config: StudyConfig, run_dir: Path, db: str | None, stack: ExitStack
+) -> Store | None:
+    """The store of the run, only to be read: what is verified is not changed. None where it cannot be opened."""
     location = db or config.db or str(run_dir / "results.db")
     try:
-        return Store.open(location, create=False)
+        return stack.enter_context(open_to_read(config.replace(db=location)))
     except StoreError as error:
         text = f"store: {error}"
         (found.differences if db is None and config.db is None else found.unchecked).append(text)

@@ -62,20 +62,26 @@ def work_through(
     remaining: dict[str, int] = {}
     for item in to_do:
         remaining[item.spec.method] = remaining.get(item.spec.method, 0) + 1
-    spent: dict[str, list[float]] = {method: [] for method in remaining}
+    spent: dict[str, list[float]] = {}
+    for item in store.find(study_id, statuses=("finished",), evaluation_ids=evaluation_ids):
+        if item.spec.coalition_mask.any():  # nobody's model is not trained, so it tells nothing about the others
+            spent.setdefault(item.spec.method, []).append(sum(item.seconds.values()))
 
     def on_done(claimed: ClaimedEvaluation, evaluation: Evaluation) -> None:
         method = claimed.spec.method
         remaining[method] = max(remaining.get(method, 0) - 1, 0)
         if claimed.spec.coalition_mask.any():
             spent.setdefault(method, []).append(sum(evaluation.seconds.values()))
-        rates = {name: float(np.mean(values)) if values else 0.0 for name, values in spent.items()}
-        fallback = max(rates.values(), default=0.0)
-        left = sum(count * (rates.get(name) or fallback) for name, count in remaining.items())
+        n_left = sum(remaining.values())
+        left = ""
+        if spent and n_left:
+            rates = {name: float(np.mean(values)) for name, values in spent.items()}
+            slowest = max(rates.values())
+            seconds = sum(count * rates.get(name, slowest) for name, count in remaining.items())
+            left = f"; about {duration_text(seconds / min(executor.n_workers, n_left))} left"
         values = ", ".join(f"{name} {evaluation.behaviors[name]:.3f}" for name in behavior_names)
         title = ROLE_TITLES.get(claimed.spec.role or "fit", claimed.spec.role)
-        text = f"{title}: {values}; about {duration_text(left)} left"
-        listener.progress("coalitions", n_total - sum(remaining.values()), n_total, text)
+        listener.progress("coalitions", n_total - n_left, n_total, f"{title}: {values}{left}")
 
     said = False
     while True:
