@@ -644,7 +644,8 @@ def _resume(
                 "expected a checkpoint of an unfinished run"
             )
         _load_optimizer(model, optimizer, found)
-    logger.info("Resuming %s at step %d of %d.", policy.folder, found.n_steps, config.n_steps)
+    if found.n_steps < config.n_steps:
+        logger.info("Resuming %s at step %d of %d.", policy.folder, found.n_steps, config.n_steps)
     return found.n_steps
 
 

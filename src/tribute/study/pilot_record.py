@@ -276,7 +276,7 @@ def _verdict(
     if correlation >= MIN_CORRELATION:
         return "more_coalitions", [
             f"more pilot coalitions: {shown} is at least {MIN_CORRELATION:g}, but its interval includes 0, so it may "
-            f"be chance; run tribute pilot --n_coalitions {2 * n_coalitions}, which keeps those that are measured"
+            f"be chance; run the pilot again with --n_coalitions {2 * n_coalitions}, which keeps what is measured"
         ]
     found: list[tuple[Verdict, str]] = []
     for method, spread in spreads.items():
