@@ -149,7 +149,8 @@ def test_the_published_network_is_shown_without_network_or_data(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a dry run asked the network")
 
-    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)  # the command's own pair of sockets, for signals, may be made
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
     tribute("train", "--dataset cifar --preset celeba --method retrain --precompute_stage save --dry_run")
     settings = yaml.safe_load(capsys.readouterr().out)
     assert settings["codec"]["path"] == "CompVis/ldm-celebahq-256" and settings["codec"]["scaling_factor"] == 1.0

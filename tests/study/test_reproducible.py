@@ -57,7 +57,7 @@ def test_two_runs_agree_to_the_last_bit_and_other_seeds_do_not(
         make_study(
             name="under-another-name",
             sampling={"batch_size": 5},
-            execution={"workers": 3, "stall_seconds": 99.0},
+            execution={"stall_seconds": 99.0},
             ckpt_freq=2,
             **SMALL,
         )
