@@ -26,17 +26,13 @@ class EndPointsWatch:
 
     def can_be_had(self) -> bool:
         """False where every evaluation of an end point has failed; what is in hand or to be tried again may succeed."""
-        return not self._failed_roles()
-
-    def _failed_roles(self) -> list[str]:
-        failed = []
         for role in list(self._missing):
             counts = self.store.counts(self.study_id, role=role, evaluation_ids=self.evaluation_ids)
             if counts["finished"]:
                 self._missing.remove(role)
             elif counts["failed"] and not counts["pending"] + counts["running"]:
-                failed.append(role)
-        return failed
+                return False
+        return True
 
 
 def failure_of(store: Store, study_id: int, role: str, evaluation_ids: Sequence[int]) -> str:
